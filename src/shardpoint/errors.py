@@ -1,0 +1,178 @@
+"""Every error shardpoint raises.
+
+::
+
+    ShardpointError
+    ├── CheckpointNotFoundError      (FileNotFoundError)  nothing to open at that place
+    ├── CheckpointExistsError        (FileExistsError)    overwriting was not allowed
+    ├── FormatError                  (ValueError)         bytes are not what their format says
+    │   ├── ForbiddenContentError                         a class or instruction off the closed list
+    │   ├── UnsafePathError                               a file name that leaves the checkpoint
+    │   └── LimitExceededError                            deeper or larger than any real one
+    ├── CorruptionError              (ValueError)         bytes are missing or changed
+    ├── CheckpointKeyError           (KeyError)           no such key
+    ├── PlanError                    (ValueError)         what is wanted and what is stored do not fit
+    ├── NotSupportedError            (NotImplementedError) known, but not done
+    ├── StorageError                 (OSError)            the store refused
+    └── RankFailedError              (RuntimeError)       one or more ranks failed; names them all
+
+An error that can have several reasons carries all of them as ``problems``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+__all__ = [
+    "CheckpointExistsError",
+    "CheckpointKeyError",
+    "CheckpointNotFoundError",
+    "CorruptionError",
+    "ForbiddenContentError",
+    "FormatError",
+    "LimitExceededError",
+    "NarrowingWarning",
+    "NotSupportedError",
+    "PlanError",
+    "Problem",
+    "RankFailedError",
+    "ShardpointError",
+    "ShardpointWarning",
+    "StorageError",
+    "UnsafePathError",
+]
+
+
+class ShardpointError(Exception):
+    """The root of every error that shardpoint raises on purpose."""
+
+
+class CheckpointNotFoundError(ShardpointError, FileNotFoundError):
+    """There is no checkpoint at the given place."""
+
+
+class CheckpointExistsError(ShardpointError, FileExistsError):
+    """There is a checkpoint already, and the caller did not allow replacing it."""
+
+
+class FormatError(ShardpointError, ValueError):
+    """Bytes do not follow the format they claim."""
+
+
+class ForbiddenContentError(FormatError):
+    """A pickle names a class, function or instruction outside the closed list.
+
+    Attributes
+    ----------
+    qualified_name
+        The dotted name that was refused, or None where it was an instruction.
+    """
+
+    def __init__(self, message: str, *, qualified_name: str | None = None) -> None:
+        super().__init__(message)
+        self.qualified_name = qualified_name
+
+
+class UnsafePathError(FormatError):
+    """A file name in a checkpoint is absolute, climbs out, or resolves outside."""
+
+
+class LimitExceededError(FormatError):
+    """A count, size or nesting depth is past the limit that protects the reader."""
+
+
+class CorruptionError(ShardpointError, ValueError):
+    """Bytes are missing, or differ from their checksum."""
+
+
+class CheckpointKeyError(ShardpointError, KeyError):
+    """The checkpoint has no such key."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a checkpoint or with what is asked of it.
+
+    Attributes
+    ----------
+    message
+        What is wrong, wanted against found.
+    key
+        The flat key it concerns, if any.
+    file
+        The file's name relative to the checkpoint, if any.
+    offset
+        Byte offset in `file`, if any.
+    """
+
+    message: str
+    key: str | None = None
+    file: str | None = None
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        where = []
+        if self.key is not None:
+            where.append(f"key {self.key!r}")
+        if self.file is not None:
+            where.append(f"file {self.file!r}")
+        if self.offset is not None:
+            where.append(f"byte {self.offset}")
+        return f"{', '.join(where)}: {self.message}" if where else self.message
+
+
+class PlanError(ShardpointError, ValueError):
+    """What is wanted and what is stored do not fit; every reason is in `problems`."""
+
+    def __init__(self, summary: str, problems: Iterable[Problem] = ()) -> None:
+        self.summary = summary
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(summary, self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *(f"  - {problem}" for problem in self.problems)])
+
+
+class NotSupportedError(ShardpointError, NotImplementedError):
+    """The thing is known, and shardpoint does not do it."""
+
+
+class StorageError(ShardpointError, OSError):
+    """The store refused an operation."""
+
+
+class RankFailedError(ShardpointError, RuntimeError):
+    """One or more ranks failed in a step; every rank raises this with the same list.
+
+    Attributes
+    ----------
+    step
+        The step in which they failed: ``"plan"``, ``"write"``, ``"commit"``, ``"read"``, ...
+    causes
+        Rank to the exception raised there.
+    """
+
+    def __init__(self, step: str, causes: Mapping[int, BaseException]) -> None:
+        self.step = step
+        self.causes: dict[int, BaseException] = dict(sorted(causes.items()))
+        super().__init__(step, self.causes)
+
+    def __str__(self) -> str:
+        ranks = ", ".join(str(rank) for rank in self.causes)
+        lines = [f"{self.step} failed on rank{'s' if len(self.causes) > 1 else ''} {ranks}"]
+        for rank, cause in self.causes.items():
+            text = str(cause).replace("\n", "\n    ")
+            lines.append(f"  rank {rank}: {type(cause).__name__}: {text}")
+        return "\n".join(lines)
+
+
+class ShardpointWarning(UserWarning):
+    """The root of the warnings that shardpoint gives."""
+
+
+class NarrowingWarning(ShardpointWarning):
+    """Values are loaded into a dtype that cannot hold all of them exactly."""

@@ -1,0 +1,37 @@
+"""What a checkpoint holds, in columns."""
+
+from shardpoint.index._columns import (
+    CONJUGATE,
+    NEGATIVE,
+    NO_FILE,
+    UNKNOWN,
+    CheckpointIndex,
+    ChunkEntry,
+    Chunks,
+    Container,
+    ObjectEntry,
+    Objects,
+    Payloads,
+    TensorEntry,
+    Tensors,
+    build_index,
+    row_major_strides,
+)
+
+__all__ = [
+    "CONJUGATE",
+    "NEGATIVE",
+    "NO_FILE",
+    "UNKNOWN",
+    "CheckpointIndex",
+    "ChunkEntry",
+    "Chunks",
+    "Container",
+    "ObjectEntry",
+    "Objects",
+    "Payloads",
+    "TensorEntry",
+    "Tensors",
+    "build_index",
+    "row_major_strides",
+]

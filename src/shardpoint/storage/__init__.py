@@ -1,0 +1,1 @@
+"""Places where checkpoints lie: bytes by name, and nothing of plans."""

@@ -1,0 +1,152 @@
+"""What the engine asks of a place where checkpoints lie.
+
+Names are relative to the checkpoint, with ``/`` between parts. Every implementation
+confines them: absolute names, ``..``, empty names and symbolic links that resolve outside
+raise `UnsafePathError` before anything is opened.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, TypeAlias
+
+__all__ = ["Buffer", "ReadableFile", "Storage", "WritableFile"]
+
+Buffer: TypeAlias = memoryview
+"""A C-contiguous view of bytes (format ``B``, one axis)."""
+
+
+class ReadableFile(Protocol):
+    """An open file to read from. Calls may run side by side in several threads."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes when the file was opened."""
+        ...
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fill all buffers, one after the other, with the bytes from `offset` on.
+
+        The caller owns the buffers; nothing is kept. On return all of them are full.
+
+        Raises
+        ------
+        CorruptionError
+            If the file ends before the buffers are full.
+        StorageError
+            If the store fails; names the file, the offset and the cause.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class WritableFile(Protocol):
+    """A new file to write to. Calls may run side by side in several threads."""
+
+    def write_from(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write all buffers, one after the other, from `offset` on.
+
+        The caller owns the buffers and may change them on return. Short writes are
+        continued until all is written.
+
+        Raises
+        ------
+        StorageError
+            If the store fails (no space, input/output error, ...).
+        """
+        ...
+
+    def sync(self) -> None:
+        """Return only when everything written is durable."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Storage(ABC):
+    """One checkpoint's place. May be used by several threads at once."""
+
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """The path or URL, for messages."""
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether the place itself exists."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Create the place (with its parents) if it does not exist."""
+
+    @abstractmethod
+    def list(self) -> list[str]:
+        """Return the names of all files, at any depth, sorted; empty if there is no place."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether a file of that name exists."""
+
+    @abstractmethod
+    def open(self, name: str) -> ReadableFile:
+        """Open a file for reading.
+
+        Raises
+        ------
+        CorruptionError
+            If there is no such file (a checkpoint names only files it has).
+        UnsafePathError, StorageError
+        """
+
+    @abstractmethod
+    def create(self, name: str, *, size: int | None) -> WritableFile:
+        """Create a new file; `size` in bytes where it is known, for preallocation.
+
+        Raises
+        ------
+        StorageError
+            Also if a file of that name exists: nothing is ever overwritten.
+        """
+
+    @abstractmethod
+    def replace(self, name: str, data: bytes, *, sync: bool) -> None:
+        """Put a whole small file in place atomically: readers see the old one or the new one.
+
+        With `sync`, the file and then its directory are durable on return.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file; no error if it is gone already."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make created and removed names durable (fsync of the directory); no-op where moot."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        with self.open(name) as file:
+            data = bytearray(file.size)
+            file.read_into(0, [memoryview(data)])
+            return bytes(data)
