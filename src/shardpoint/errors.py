@@ -12,7 +12,7 @@
     ├── CorruptionError              (ValueError)         bytes are missing or changed
     ├── CheckpointKeyError           (KeyError)           no such key
     ├── PlanError                    (ValueError)         what is wanted and what is stored do not fit
-    ├── NotSupportedError            (NotImplementedError) known, but not done
+    ├── NotSupportedError            (NotImplementedError) known, not done
     ├── StorageError                 (OSError)            the store refused
     └── RankFailedError              (RuntimeError)       one or more ranks failed; names them all
 

@@ -1,0 +1,53 @@
+"""The public names of `torch.distributed.checkpoint`, on shardpoint's engine.
+
+``import shardpoint.dcp as dcp`` in place of ``import torch.distributed.checkpoint as dcp``:
+the same calls, and the same files on disk, in both directions.
+"""
+
+from shardpoint.dcp.api import CheckpointException
+from shardpoint.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from shardpoint.dcp.filesystem import FileSystemReader, FileSystemWriter
+from shardpoint.dcp.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from shardpoint.dcp.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from shardpoint.dcp.state_dict_loader import LoadReport, load, load_state_dict
+from shardpoint.dcp.state_dict_saver import save, save_state_dict
+from shardpoint.dcp.stateful import Stateful
+from shardpoint.dcp.storage import StorageReader, StorageWriter
+
+__all__ = [
+    "BytesStorageMetadata",
+    "CheckpointException",
+    "ChunkStorageMetadata",
+    "DefaultLoadPlanner",
+    "DefaultSavePlanner",
+    "FileSystemReader",
+    "FileSystemWriter",
+    "LoadPlan",
+    "LoadPlanner",
+    "LoadReport",
+    "Metadata",
+    "ReadItem",
+    "SavePlan",
+    "SavePlanner",
+    "Stateful",
+    "StorageReader",
+    "StorageWriter",
+    "TensorStorageMetadata",
+    "WriteItem",
+    "load",
+    "load_state_dict",
+    "save",
+    "save_state_dict",
+]

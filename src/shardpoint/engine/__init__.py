@@ -1,0 +1,1 @@
+"""Runs plans: moves bytes between storage and memory in one bounded executor."""

@@ -108,6 +108,18 @@ class Storage(ABC):
     def has(self, name: str) -> bool:
         """Whether a file of that name exists."""
 
+    def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, None if there is no such file.
+
+        Raises
+        ------
+        UnsafePathError, StorageError
+        """
+        if not self.has(name):
+            return None
+        with self.open(name) as file:
+            return file.size
+
     @abstractmethod
     def open(self, name: str) -> ReadableFile:
         """Open a file for reading.

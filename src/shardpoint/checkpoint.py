@@ -1,0 +1,385 @@
+"""The handle that `shardpoint.open` returns: a checkpoint read with numpy alone."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from shardpoint import _selection
+from shardpoint._info import ChunkInfo, ObjectInfo, Path, TensorInfo, object_info, tensor_info
+from shardpoint._selection import AxisSelection, Selection
+from shardpoint._sinks import NewArraySink
+from shardpoint.engine.opening import open_index
+from shardpoint.engine.reading import ReadRequest, read_object, read_tensors
+from shardpoint.errors import CheckpointKeyError, FormatError, PlanError, StorageError
+from shardpoint.formats.object_decoder import NumpyFactory
+from shardpoint.index import CheckpointIndex
+from shardpoint.storage import Storage
+from shardpoint.tree import unflatten
+from shardpoint.verify import VerifyReport, verify_index
+
+__all__ = [
+    "AxisSelection",
+    "Checkpoint",
+    "ChunkInfo",
+    "ObjectInfo",
+    "Selection",
+    "TensorInfo",
+    "open",
+]
+
+_MOST_THREADS = 16  # more readers than this do not make one file system faster
+
+
+def open(  # the module that needs the builtin is storage, not this one
+    path: str | os.PathLike[str],
+    *,
+    allowed: Mapping[str, Callable[..., Any]] | None = None,
+    verify: bool = True,
+    threads: int | None = None,
+) -> Checkpoint:
+    """Open a checkpoint for reading, without torch. Reads the index only.
+
+    Parameters
+    ----------
+    path
+        A folder that torch.distributed.checkpoint, shardpoint or Hugging Face wrote, or one
+        file: ``.safetensors``, or what ``torch.save`` wrote.
+    allowed
+        Classes and functions beyond the built-in closed list that objects may be made of,
+        by qualified name, such as ``{"my_package.Config": Config}``. They are called with
+        what the checkpoint says: name only what you trust with that.
+    verify
+        Whether checksums are compared where there are any and a whole chunk is read.
+    threads
+        How many threads read side by side; by default one a processor, at most 16.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is nothing to open at that place.
+    FormatError
+        If the index is not what its format says, or holds what could run code.
+    CorruptionError, StorageError, UnsafePathError, NotSupportedError
+    """
+    if threads is not None and threads < 1:
+        raise PlanError(f"threads must be 1 or more, not {threads}")
+    index, storage = open_index(path)
+    return Checkpoint(
+        index,
+        storage,
+        allowed={} if allowed is None else allowed,
+        verify=verify,
+        threads=_default_threads() if threads is None else threads,
+    )
+
+
+def _default_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return min(os.cpu_count() or 1, _MOST_THREADS)
+
+
+class Checkpoint:
+    """A checkpoint that is open for reading; made by `open`.
+
+    Tensors come as numpy arrays of their own (``ml_dtypes`` for bfloat16 and 8-bit floats;
+    a structured ``(real, imag)`` dtype for complex32). Objects come as plain Python values,
+    with arrays for the tensors inside them. Nothing is kept: reading twice reads twice.
+    May be used by several threads at once.
+    """
+
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        storage: Storage,
+        *,
+        allowed: Mapping[str, Callable[..., Any]],
+        verify: bool,
+        threads: int,
+    ) -> None:
+        self._index = index
+        self._storage = storage
+        self._allowed = dict(allowed)
+        self._verify = verify
+        self._threads = threads
+        self._closed = False
+        tensors = {key: row for row, key in enumerate(index.tensors.keys)}
+        objects = {key: row for row, key in enumerate(index.objects.keys)}
+        # In saved order; each key is a tensor (True) or an object, and has a row there.
+        self._rows: dict[str, tuple[bool, int]] = {
+            key: (True, tensors[key]) if key in tensors else (False, objects[key])
+            for key in index.key_order
+            if key in tensors or key in objects
+        }
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """Everything that is known without reading data, in columns."""
+        return self._index
+
+    @property
+    def location(self) -> str:
+        """Where it lies."""
+        return self._storage.location
+
+    def keys(self) -> KeysView[str]:
+        """Return all flat keys, in saved order."""
+        return self._rows.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        tensors = len(self._index.tensors)
+        objects = len(self._index.objects)
+        return (
+            f"<Checkpoint {self._storage.location!r} ({self._index.source}): "
+            f"{tensors:,} tensors, {objects:,} objects>"
+        )
+
+    def info(self, key: str) -> TensorInfo | ObjectInfo:
+        """Describe one key from the index; reads nothing.
+
+        Raises
+        ------
+        CheckpointKeyError
+            If there is no such key; names similar ones.
+        """
+        is_tensor, row = self._row(key)
+        return tensor_info(self._index, row) if is_tensor else object_info(self._index, row)
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a whole tensor as an array, or an object; see `read` for the errors."""
+        return self.read(key)
+
+    def read(self, key: str, slices: Selection = ...) -> Any:
+        """Read a tensor or a part of it, or an object.
+
+        Only the bytes of the selected box are read (whole chunks where they are compressed).
+        A step other than 1 reads the box that covers it and picks from it in memory.
+
+        Parameters
+        ----------
+        key
+            A flat key.
+        slices
+            Integers, slices and one Ellipsis, as for a numpy array; everything by default.
+
+        Returns
+        -------
+        numpy.ndarray or object
+            An array that owns its memory and may be changed. An integer takes its axis away;
+            where no axis is left the array is 0-d.
+
+        Raises
+        ------
+        CheckpointKeyError
+            If there is no such key; names similar ones.
+        PlanError
+            If the slices do not fit the shape, or the stored chunks do not cover the tensor.
+        CorruptionError
+            If bytes are missing, or differ from their checksum.
+        FormatError
+            If a record is not what its format and the index say; `ForbiddenContentError` where
+            an object is made of something outside the closed list.
+        StorageError, NotSupportedError, UnsafePathError
+        """
+        is_tensor, row = self._row(key)
+        if not is_tensor:
+            if slices is not Ellipsis:
+                raise PlanError(f"key {key!r} is an object, of which no slices can be read")
+            return self._read_object(row)
+        shape = self._index.tensors.shape_of(row)
+        selected = _selection.select(shape, slices, key=key)
+        array = self._read_boxes([(row, selected.offsets, selected.sizes)])[0]
+        if selected.takes_all:
+            return array
+        # A view would hold on to the whole box.
+        return np.array(array[selected.take], array.dtype, order="C", copy=True)
+
+    def tree(self, prefix: str = "") -> Any:
+        """Return a nested dictionary of arrays and objects, as it was saved.
+
+        Parameters
+        ----------
+        prefix
+            Only keys that are `prefix` or go on from it after a dot, without the prefix.
+
+        Returns
+        -------
+        Any
+            Dictionaries and lists (containers inside objects are part of the objects). A
+            list position without a value is None. Where it was saved flat, a dictionary of
+            flat keys. A prefix that is a key gives that key's value.
+
+        Raises
+        ------
+        CheckpointKeyError
+            If no key has the prefix.
+        FormatError
+            If the paths in the checkpoint do not form a tree; and all errors of `read`.
+        """
+        paths = self._paths_under(prefix)
+        tensors = [(key, self._rows[key][1]) for key in paths if self._rows[key][0]]
+        # Before any byte is read: a tree that cannot be built is found at once.
+        unflatten(dict.fromkeys(paths), paths)
+        shapes = [self._index.tensors.shape_of(row) for _, row in tensors]
+        arrays = self._read_boxes(
+            [
+                (row, (0,) * len(shape), shape)
+                for (_, row), shape in zip(tensors, shapes, strict=True)
+            ]
+        )
+        values: dict[str, Any] = dict.fromkeys(paths)
+        values.update(zip((key for key, _ in tensors), arrays, strict=True))
+        for key in paths:
+            is_tensor, row = self._rows[key]
+            if not is_tensor:
+                values[key] = self._read_object(row)
+        return unflatten(values, paths)
+
+    def verify(self) -> VerifyReport:
+        """Look for everything that is wrong: chunks that overlap, leave holes or lie outside
+        their tensor, missing files and bytes, wrong checksums, objects that cannot be decoded.
+
+        Reads every chunk once, whatever `open` was told about checksums, and holds only a few
+        chunks at a time.
+
+        Returns
+        -------
+        VerifyReport
+            All problems; an error is raised only where the store itself fails.
+        """
+        self._check_open()
+        return verify_index(
+            self._index,
+            self._storage,
+            allowed=self._allowed,
+            threads=self._threads,
+        )
+
+    def close(self) -> None:
+        """Refuse further reading. Files are open only during a read: nothing else to release."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"the checkpoint at {self._storage.location!r} has been closed")
+
+    def _row(self, key: str) -> tuple[bool, int]:
+        try:
+            return self._rows[key]
+        except (KeyError, TypeError):
+            raise CheckpointKeyError(self._no_such("key", key)) from None
+
+    def _no_such(self, what: str, name: object) -> str:
+        similar = difflib.get_close_matches(str(name), self._rows, n=3, cutoff=0.6)
+        hint = f"; similar: {', '.join(map(repr, similar))}" if similar else ""
+        return f"the checkpoint at {self._storage.location!r} has no {what} {name!r}{hint}"
+
+    def _read_boxes(
+        self, boxes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
+    ) -> list[npt.NDArray[Any]]:
+        """Read boxes of tensors; each is a row, its offsets and its sizes."""
+        self._check_open()
+        tensors = self._index.tensors
+        sinks = [
+            NewArraySink(tensors.dtype_of(row), sizes, key=tensors.keys[row])
+            for row, _, sizes in boxes
+        ]
+        read_tensors(
+            self._index,
+            self._storage,
+            [
+                ReadRequest(tensor=row, offsets=offsets, sizes=sizes, sink=sink)
+                for (row, offsets, sizes), sink in zip(boxes, sinks, strict=True)
+            ],
+            threads=self._threads,
+            verify=self._verify,
+        )
+        return [sink.array() for sink in sinks]
+
+    def _read_object(self, row: int) -> Any:
+        self._check_open()
+        return read_object(
+            self._index,
+            self._storage,
+            row,
+            factory=NumpyFactory(),
+            allowed=self._allowed,
+            verify=self._verify,
+        )
+
+    def _paths_under(self, prefix: str) -> dict[str, Path]:
+        """Return keys with that prefix and their paths below it."""
+        paths: dict[str, Path] = {}
+        for key in self._rows:
+            below = _below(key, self._path(key), prefix)
+            if below is not None:
+                paths[key] = below
+        if prefix and not paths:
+            raise CheckpointKeyError(self._no_such("key with the prefix", prefix))
+        return paths
+
+    def _path(self, key: str) -> Path:
+        if self._index.paths is None:
+            return (key,)
+        path = self._index.paths.get(key)
+        if path is None:
+            raise FormatError(f"key {key!r}: the metadata gives no path for it")
+        return path
+
+
+def _below(key: str, path: Path, prefix: str) -> Path | None:
+    """Return the path of a key below a prefix, None if the key is not under it.
+
+    A path part may hold dots itself (``("model", "fc1.weight")``), so a prefix can end inside
+    a part; then the rest of the part is the first name below.
+    """
+    if not prefix:
+        return path
+    if key != prefix and not key.startswith(prefix + "."):
+        return None
+    if not _joins_to(path, key):
+        return (key[len(prefix) + 1 :],) if key != prefix else ()
+    covered = 0
+    for depth, part in enumerate(path):
+        end = covered + len(str(part))
+        if end == len(prefix):
+            return path[depth + 1 :]
+        if end > len(prefix):
+            return (str(part)[len(prefix) + 1 - covered :], *path[depth + 1 :])
+        covered = end + 1
+    return ()
+
+
+def _joins_to(path: Path, key: str) -> bool:
+    """Whether the key is its path joined with dots; a damaged one may have any path."""
+    try:
+        return ".".join(map(str, path)) == key
+    except ValueError:  # an integer of thousands of digits
+        return False

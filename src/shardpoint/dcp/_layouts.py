@@ -1,0 +1,88 @@
+"""Which box of a tensor this rank holds, and the local tensor that holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from shardpoint.errors import NotSupportedError, PlanError
+
+__all__ = ["Box", "dtensor_box", "find_local", "is_in_mesh", "local_boxes"]
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes."""
+
+
+def is_in_mesh(tensor: DTensor) -> bool:
+    """Whether this rank holds a part of the tensor at all."""
+    return tensor.device_mesh.get_coordinate() is not None
+
+
+def dtensor_box(tensor: DTensor) -> Box:
+    """Return the box that this rank holds.
+
+    Raises
+    ------
+    NotSupportedError
+        If a placement is partial: no rank has the values. Reduce it first.
+    PlanError
+        If the local tensor is not of the size that the placements say.
+    """
+    if any(isinstance(placement, Partial) for placement in tensor.placements):
+        raise NotSupportedError(
+            f"a DTensor with placements {tensor.placements} holds partial sums; "
+            "redistribute it to Replicate() or Shard() first"
+        )
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    local = tuple(tensor.to_local().shape)
+    if tuple(sizes) != local:
+        raise PlanError(
+            f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} should "
+            f"have a local tensor of shape {tuple(sizes)} here, found {local}"
+        )
+    return tuple(offsets), local
+
+
+def local_boxes(value: torch.Tensor) -> list[Box]:
+    """Return the boxes of a tensor that this rank holds; none where it has no part in it."""
+    if isinstance(value, DTensor):
+        return [dtensor_box(value)] if is_in_mesh(value) else []
+    if isinstance(value, ShardedTensor):
+        return [
+            (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+            for shard in value.local_shards()
+        ]
+    return [((0,) * value.dim(), tuple(value.shape))]
+
+
+def find_local(key: str, value: Any, offset: torch.Size | None, hint: int | None) -> torch.Tensor:
+    """Return the plain local tensor that begins at `offset` in a value of a state dict.
+
+    Raises
+    ------
+    PlanError
+        If this rank holds no such chunk.
+    """
+    if isinstance(value, DTensor):
+        return value.to_local()
+    if isinstance(value, ShardedTensor):
+        shards = value.local_shards()
+        if offset is None:
+            raise PlanError(f"key {key!r} is a ShardedTensor: an offset is needed to find a shard")
+        if hint is not None and hint < len(shards):
+            shards = [shards[hint], *shards]
+        for shard in shards:
+            if tuple(shard.metadata.shard_offsets) == tuple(offset):
+                return shard.tensor
+        raise PlanError(f"key {key!r}: this rank holds no shard at offset {tuple(offset)}")
+    if not isinstance(value, torch.Tensor):
+        raise PlanError(f"key {key!r} is {type(value).__name__}, not a tensor")
+    if offset is not None and any(offset):
+        raise PlanError(f"key {key!r} is one whole tensor, it has no chunk at {tuple(offset)}")
+    return value

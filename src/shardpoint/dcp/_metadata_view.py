@@ -1,0 +1,214 @@
+"""Between the index's columns and torch's metadata objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardpoint.dcp._tensors import dtype_of
+from shardpoint.dcp._write_items import properties_of
+from shardpoint.dcp.metadata import (
+    _MEMORY_FORMATS,
+    STORAGE_TYPES,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from shardpoint.index import (
+    NO_FILE,
+    CheckpointIndex,
+    ChunkEntry,
+    ObjectEntry,
+    TensorEntry,
+    build_index,
+)
+
+__all__ = ["index_of", "metadata_of"]
+
+
+class _View(dict[Any, Any]):
+    """A dict whose content is made at first sight, and that knows whether it was changed."""
+
+    def __init__(self, make: Callable[[], Mapping[Any, Any]]) -> None:
+        super().__init__()
+        self._make: Callable[[], Mapping[Any, Any]] | None = make
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has looked at (and so perhaps changed) the content."""
+        return self._make is not None
+
+    def _fill(self) -> None:
+        if self._make is not None:
+            make, self._make = self._make, None
+            super().update(make())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._fill()
+        return dict, (dict(self.items()),)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._fill()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._fill()
+        return super().__len__()
+
+
+def _filling(name: str) -> Any:
+    method = getattr(dict, name)
+
+    def call(self: _View, *arguments: Any, **keywords: Any) -> Any:
+        self._fill()
+        return method(self, *arguments, **keywords)
+
+    call.__name__ = name
+    return call
+
+
+_METHODS = (
+    *("__getitem__", "__setitem__", "__delitem__", "__contains__", "__eq__", "__ne__", "__repr__"),
+    *("__or__", "__ror__", "__ior__", "__reversed__", "clear", "copy", "get", "items", "keys"),
+    *("pop", "popitem", "setdefault", "update", "values"),
+)
+for _name in _METHODS:
+    setattr(_View, _name, _filling(_name))
+
+
+def metadata_of(index: CheckpointIndex, storage_info: Callable[..., Any]) -> Metadata:
+    """Return torch's view of an index; `storage_info` makes the entries of `storage_data`."""
+    meta = index.storage_meta
+    metadata = Metadata(
+        state_dict_metadata=_View(lambda: _state_dict_metadata(index)),
+        planner_data=None if index.paths is None else dict(index.paths),
+        storage_data=_View(lambda: _storage_data(index, storage_info)),
+        storage_meta=None if meta is None else StorageMeta(**meta),
+        version=index.version,
+    )
+    metadata._index = index  # type: ignore[attr-defined]
+    return metadata
+
+
+def _state_dict_metadata(index: CheckpointIndex) -> dict[str, STORAGE_TYPES]:
+    tensors, chunks = index.tensors, index.chunks
+    found: dict[str, STORAGE_TYPES] = {key: BytesStorageMetadata() for key in index.objects.keys}
+    for row, key in enumerate(tensors.keys):
+        rank = int(tensors.ndim[row])
+        span = slice(int(tensors.first_chunk[row]), int(tensors.first_chunk[row + 1]))
+        offsets, sizes = chunks.offsets[span, :rank].tolist(), chunks.sizes[span, :rank].tolist()
+        found[key] = TensorStorageMetadata(
+            properties=properties_of(tensors, row),
+            size=torch.Size(tensors.shape_of(row)),
+            chunks=[
+                ChunkStorageMetadata(torch.Size(o), torch.Size(s))
+                for o, s in zip(offsets, sizes, strict=True)
+            ],
+        )
+    return {key: found[key] for key in index.key_order}
+
+
+def _storage_data(
+    index: CheckpointIndex, storage_info: Callable[..., Any]
+) -> dict[MetadataIndex, Any]:
+    tensors, chunks, objects = index.tensors, index.chunks, index.objects
+    made: dict[MetadataIndex, Any] = {}
+    for row in np.flatnonzero(objects.file != NO_FILE).tolist():
+        made[MetadataIndex(objects.keys[row])] = storage_info(
+            index.files[objects.file[row]],
+            int(objects.record_offset[row]),
+            int(objects.record_length[row]),
+            list(index.transforms[objects.transform[row]]) or None,
+        )
+    for row in np.flatnonzero(chunks.file != NO_FILE).tolist():
+        tensor = int(chunks.tensor[row])
+        offsets = chunks.offsets[row, : tensors.ndim[tensor]].tolist()
+        place = row - int(tensors.first_chunk[tensor])
+        made[MetadataIndex(tensors.keys[tensor], offsets, place)] = storage_info(
+            index.files[chunks.file[row]],
+            int(chunks.record_offset[row]),
+            int(chunks.record_length[row]),
+            list(index.transforms[chunks.transform[row]]) or None,
+        )
+    return made
+
+
+def index_of(metadata: Any) -> CheckpointIndex:
+    """Return the columns of metadata objects, ours or torch's.
+
+    Where the metadata came from the engine and nobody has changed it, these are the columns
+    it came from; else they are made once.
+    """
+    index: CheckpointIndex | None = getattr(metadata, "_index", None)
+    described, stored = metadata.state_dict_metadata, metadata.storage_data
+    if (
+        index is not None
+        and isinstance(described, _View)
+        and isinstance(stored, _View)
+        and described.untouched
+        and stored.untouched
+    ):
+        return index
+    return _columns(metadata)
+
+
+def _columns(metadata: Any) -> CheckpointIndex:
+    stored = {
+        (item.fqn, None if item.offset is None else tuple(item.offset)): info
+        for item, info in (metadata.storage_data or {}).items()
+    }
+    tensors, objects = [], []
+    for key, value in metadata.state_dict_metadata.items():
+        if not hasattr(value, "chunks"):
+            objects.append(ObjectEntry(key, *_place(stored.get((key, None)))))
+            continue
+        properties = value.properties
+        tensors.append(
+            TensorEntry(
+                key=key,
+                dtype=dtype_of(properties.dtype),
+                shape=tuple(value.size),
+                chunks=[
+                    _chunk(chunk, stored.get((key, tuple(chunk.offsets)))) for chunk in value.chunks
+                ],
+                requires_grad=properties.requires_grad,
+                pin_memory=properties.pin_memory,
+                memory_format=_MEMORY_FORMATS[properties.memory_format].value,
+            )
+        )
+    meta = metadata.storage_meta
+    return build_index(
+        tensors,
+        objects,
+        key_order=list(metadata.state_dict_metadata),
+        paths=metadata.planner_data,
+        storage_meta=None if meta is None else dict(vars(meta)),
+        version=metadata.version,
+        source="dcp",
+        metadata_files=[],
+    )
+
+
+def _place(info: Any) -> tuple[str | None, int, int, tuple[str, ...]]:
+    if not hasattr(info, "relative_path"):  # a user's own storage: its reader knows the way
+        return None, 0, 0, ()
+    transforms = tuple(getattr(info, "transform_descriptors", None) or ())
+    return str(info.relative_path), info.offset, info.length, transforms
+
+
+def _chunk(chunk: Any, info: Any) -> ChunkEntry:
+    file, offset, length, transforms = _place(info)
+    return ChunkEntry(
+        offsets=tuple(chunk.offsets),
+        sizes=tuple(chunk.sizes),
+        file=file,
+        record_offset=offset,
+        record_length=length,
+        transforms=transforms,
+    )

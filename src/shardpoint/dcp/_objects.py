@@ -1,0 +1,150 @@
+"""Python objects to torch.save records, and safely back."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shardpoint.dcp._tensors import dtype_of_array, wrap
+from shardpoint.dtypes import DType
+from shardpoint.engine.objects import read_object_record
+from shardpoint.formats.object_decoder import (
+    DeviceValue,
+    DTypeValue,
+    LayoutValue,
+    MemoryFormatValue,
+    TensorSize,
+    decode_object,
+)
+from shardpoint.formats.torch_record import object_record, read_object_pickle
+from shardpoint.index import CheckpointIndex
+from shardpoint.storage.base import Storage
+
+__all__ = ["TorchFactory", "object_stream", "read_object", "write_object"]
+
+_PLAIN = (type(None), bool, int, float, str)
+_MOST_PLAIN_DEPTH = 8
+
+
+def write_object(value: Any) -> io.BytesIO:
+    """Return the record that torch.save writes for an object, as a stream at its start."""
+    if _is_plain(value, _MOST_PLAIN_DEPTH):
+        return io.BytesIO(object_record(pickle.dumps(value, protocol=2)))
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether plain pickling gives what torch.save would put into ``data.pkl``."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if depth == 0:
+        return False
+    if kind in (list, tuple):
+        return all(_is_plain(item, depth - 1) for item in value)
+    if kind is dict:
+        return all(_is_plain(k, depth - 1) and _is_plain(v, depth - 1) for k, v in value.items())
+    return False
+
+
+def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[..., Any]]) -> Any:
+    """Decode an object's record; nothing in it can run code.
+
+    Raises
+    ------
+    ForbiddenContentError
+        If it holds a class that is neither on the closed list nor `allowed`.
+    CorruptionError, FormatError
+        If it is damaged.
+    """
+    data, load_storage = read_object_pickle(stream.getbuffer(), file="(object)", key=key)
+    return decode_object(
+        data,
+        load_storage=load_storage,
+        source=f"key {key!r}",
+        factory=TorchFactory(),
+        allowed=allowed,
+    )
+
+
+def object_stream(index: CheckpointIndex, storage: Storage, row: int) -> io.BytesIO:
+    """Return the record of a stored object, as planners expect it.
+
+    An object that the container's own header gave (a ``torch.save`` file's) is made into one.
+    """
+    key = index.objects.keys[row]
+    if key in index.objects.values:
+        return write_object(_to_torch(index.objects.values[key]))
+    return io.BytesIO(read_object_record(index, storage, row))
+
+
+def _to_torch(value: Any) -> Any:
+    """Turn the torch-free decoder's values into torch's."""
+    factory = TorchFactory()
+    kind = type(value)
+    if kind is np.ndarray:
+        return factory.tensor(value, dtype_of_array(value.dtype), False)
+    if kind is DTypeValue:
+        return factory.dtype(value.name)
+    if kind is DeviceValue:
+        return factory.device(value.type, value.index)
+    if kind is TensorSize:
+        return torch.Size(value)
+    if kind is LayoutValue:
+        return factory.layout(value.name)
+    if kind is MemoryFormatValue:
+        return factory.memory_format(value.name)
+    if isinstance(value, dict):
+        items = [(_to_torch(key), _to_torch(item)) for key, item in value.items()]
+        return OrderedDict(items) if kind is OrderedDict else dict(items)
+    if kind in (list, tuple, set, frozenset):
+        return kind(_to_torch(item) for item in value)
+    return value
+
+
+class TorchFactory:
+    """Makes torch's own values of what the closed decoder finds."""
+
+    def tensor(
+        self, array: npt.NDArray[np.generic], dtype: DType, requires_grad: bool
+    ) -> torch.Tensor:
+        tensor = wrap(array if array.flags.writeable else array.copy(order="K"), dtype)
+        return tensor.requires_grad_() if requires_grad else tensor
+
+    def parameter(self, tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
+        return torch.nn.Parameter(tensor, requires_grad)
+
+    def size(self, sizes: tuple[int, ...]) -> torch.Size:
+        return torch.Size(sizes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        found: torch.dtype = _named(name, torch.dtype)
+        return found
+
+    def layout(self, name: str) -> torch.layout:
+        found: torch.layout = _named(name, torch.layout)
+        return found
+
+    def memory_format(self, name: str) -> torch.memory_format:
+        found: torch.memory_format = _named(name, torch.memory_format)
+        return found
+
+    def device(self, kind: str, index: int | None) -> torch.device:
+        return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+def _named(name: str, kind: type[Any]) -> Any:
+    value: Any = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(value, kind):
+        raise ValueError(f"torch {torch.__version__} has no {kind.__name__} {name!r}")
+    return value

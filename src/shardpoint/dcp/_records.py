@@ -1,0 +1,122 @@
+"""Write items to the records that the engine writes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from shardpoint.dcp._tensors import dense_strides, dtype_of, host_memory
+from shardpoint.dcp.default_planner import DefaultSavePlanner
+from shardpoint.dcp.planner import SavePlanner, WriteItem, WriteItemType
+from shardpoint.engine.writing import ArraySource, RecordSource
+from shardpoint.errors import PlanError
+from shardpoint.formats.torch_record import TensorRecordLayout
+
+__all__ = ["memory_bytes", "record_of", "uses_default_lookup"]
+
+
+def uses_default_lookup(planner: SavePlanner) -> bool:
+    """Whether the planner gives the state dict's own tensors, not new ones made for the save."""
+    kind = type(planner)
+    return isinstance(planner, DefaultSavePlanner) and all(
+        getattr(kind, name) is getattr(DefaultSavePlanner, name)
+        for name in ("resolve_data", "lookup_object", "transform_object")
+    )
+
+
+def memory_bytes(item: WriteItem) -> int:
+    """Return the bytes of the chunk that an item writes; 0 for objects."""
+    data = item.tensor_data
+    return 0 if data is None else prod(data.chunk.sizes) * data.properties.dtype.itemsize
+
+
+def record_of(planner: SavePlanner, item: WriteItem, *, keep: bool) -> RecordSource:
+    """Return the record of one item.
+
+    Parameters
+    ----------
+    keep
+        Hold on to what the planner gives until it is written. False for planners that
+        make new tensors (a cast, say): those are made again when their turn comes, so
+        that not all of them are in memory at once.
+
+    Raises
+    ------
+    PlanError
+        If the planner gives something else than the item announces.
+    """
+    data: Any = planner.resolve_data(item)
+    if item.type.name == WriteItemType.BYTE_IO.name:
+        return _object_record(item, data)
+    tensor = _checked(item, data)
+    strides = dense_strides(tensor) if keep else None
+    layout = TensorRecordLayout(dtype_of(tensor.dtype), tuple(tensor.shape), strides)
+    source = _TensorSource(planner, item, tensor if keep else None, layout.payload_length)
+    return RecordSource(length=layout.length, head=layout.head, payload=(source,), tail=layout.tail)
+
+
+def _object_record(item: WriteItem, data: Any) -> RecordSource:
+    if not isinstance(data, io.BytesIO):
+        raise PlanError(
+            f"key {item.index.fqn!r}: resolve_data must give an io.BytesIO for an object, "
+            f"it gave {type(data).__name__}"
+        )
+    record = data.getvalue()
+    return RecordSource(length=len(record), head=record)
+
+
+def _checked(item: WriteItem, data: Any) -> torch.Tensor:
+    key, planned = item.index.fqn, item.tensor_data
+    if not isinstance(data, torch.Tensor) or planned is None:
+        raise PlanError(
+            f"key {key!r}: resolve_data must give a tensor, it gave {type(data).__name__}"
+        )
+    wanted = (planned.properties.dtype, tuple(planned.chunk.sizes))
+    found = (data.dtype, tuple(data.shape))
+    if wanted != found:
+        raise PlanError(
+            f"key {key!r}: the plan announces {wanted[0]} of shape {wanted[1]}, resolve_data "
+            f"gave {found[0]} of shape {found[1]}; a planner that changes tensors must change "
+            f"the item's tensor_data too"
+        )
+    return data
+
+
+class _TensorSource:
+    """A tensor's bytes in the order of its memory, or row-major."""
+
+    def __init__(
+        self, planner: SavePlanner, item: WriteItem, tensor: torch.Tensor | None, nbytes: int
+    ) -> None:
+        self._planner = planner
+        self._item = item
+        self._tensor = tensor
+        self.nbytes = nbytes
+
+    def memory(self) -> memoryview | None:
+        if self._tensor is None:
+            return None
+        array = host_memory(self._tensor)
+        return None if array is None else ArraySource(_in_memory_order(array)).memory()
+
+    def blocks(self, block_size: int) -> Iterator[memoryview]:
+        tensor = self._tensor
+        if tensor is None:
+            tensor = _checked(self._item, self._planner.resolve_data(self._item)).contiguous()
+        array = host_memory(tensor)
+        if array is None:
+            array = host_memory(tensor.detach().cpu().resolve_conj().resolve_neg())
+        assert array is not None
+        yield from ArraySource(_in_memory_order(array)).blocks(block_size)
+
+
+def _in_memory_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a dense array with its axes in the order of its memory; others as they are."""
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    permuted = array.transpose(order)
+    return permuted if permuted.flags.c_contiguous else array

@@ -1,0 +1,256 @@
+"""Write items as columns, and the view that shows columns as write items.
+
+A `WriteTable` makes an item when one is looked at and keeps it: planners may change the
+properties of an item they were given, so a kept item counts more than its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from shardpoint.dcp._layouts import dtensor_box, is_in_mesh
+from shardpoint.dcp._tensors import dtype_of, torch_dtype
+from shardpoint.dcp.metadata import (
+    _MEMORY_FORMATS,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from shardpoint.dcp.planner import TensorWriteData, WriteItem, WriteItemType
+from shardpoint.dtypes import BY_CODE
+from shardpoint.errors import NotSupportedError, PlanError, Problem
+from shardpoint.planning.save import OBJECT, SHARD, TENSOR, WriteColumns
+
+__all__ = ["WriteTable", "columns_of", "describe_state", "memory_format_of", "properties_of"]
+
+_KINDS = {"TENSOR": TENSOR, "SHARD": SHARD, "BYTE_IO": OBJECT}
+_TYPES = {TENSOR: WriteItemType.TENSOR, SHARD: WriteItemType.SHARD, OBJECT: WriteItemType.BYTE_IO}
+_FORMATS = {encoding.value: memory_format for memory_format, encoding in _MEMORY_FORMATS.items()}
+
+
+class _Rows:
+    """Rows on their way into `WriteColumns`."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.boxes: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = []
+        self.numbers: list[tuple[int, int, int, bool, bool, int, int]] = []
+
+    def add_object(self, key: str, hint: int = -1) -> None:
+        self.keys.append(key)
+        self.boxes.append(((), (), ()))
+        self.numbers.append((OBJECT, 0, 0, False, False, 0, hint))
+
+    def add_chunk(
+        self,
+        key: str,
+        kind: int,
+        properties: TensorProperties,
+        shape: Sequence[int],
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        hint: int = -1,
+    ) -> None:
+        if properties.layout is not torch.strided:
+            raise NotSupportedError(f"a tensor of layout {properties.layout} cannot be stored")
+        self.keys.append(key)
+        self.boxes.append((tuple(shape), tuple(offsets), tuple(sizes)))
+        self.numbers.append(
+            (
+                kind,
+                dtype_of(properties.dtype).code,
+                len(shape),
+                properties.requires_grad,
+                properties.pin_memory,
+                _MEMORY_FORMATS[properties.memory_format].value,
+                hint,
+            )
+        )
+
+    def columns(self) -> WriteColumns:
+        axes = max((len(shape) for shape, _, _ in self.boxes), default=0)
+        boxes = np.empty((3, len(self.keys), axes), np.int64)
+        boxes[0], boxes[1], boxes[2] = 1, 0, 1
+        for row, (shape, offsets, sizes) in enumerate(self.boxes):
+            rank = len(shape)
+            boxes[0, row, :rank], boxes[1, row, :rank], boxes[2, row, :rank] = shape, offsets, sizes
+        numbers = np.array(self.numbers, np.int64).reshape(-1, 7)
+        return WriteColumns(
+            keys=self.keys,
+            kind=numbers[:, 0].astype(np.uint8),
+            dtype=numbers[:, 1].astype(np.uint8),
+            ndim=numbers[:, 2].astype(np.int16),
+            shape=boxes[0],
+            offsets=boxes[1],
+            sizes=boxes[2],
+            requires_grad=numbers[:, 3].astype(np.bool_),
+            pin_memory=numbers[:, 4].astype(np.bool_),
+            memory_format=numbers[:, 5].astype(np.uint8),
+            hint=numbers[:, 6].copy(),
+        )
+
+
+def describe_state(state_dict: dict[str, Any]) -> WriteTable:
+    """Return what this rank would write of a flat state dict, one row a chunk or object.
+
+    Raises
+    ------
+    PlanError
+        If values cannot be stored; names every such key.
+    """
+    rows, problems = _Rows(), []
+    for key, value in state_dict.items():
+        try:
+            _describe(rows, key, value)
+        except (NotSupportedError, ValueError, TypeError) as error:
+            problems.append(Problem(str(error), key))
+    if problems:
+        raise PlanError("the state dict holds values that cannot be saved", problems)
+    return WriteTable(rows.columns())
+
+
+def _describe(rows: _Rows, key: str, value: Any) -> None:
+    if isinstance(value, DTensor):
+        if is_in_mesh(value):
+            properties = TensorProperties.create_from_tensor(value.to_local())
+            rows.add_chunk(key, SHARD, properties, value.shape, *dtensor_box(value))
+    elif isinstance(value, ShardedTensor):
+        metadata = value.metadata()
+        given = metadata.tensor_properties
+        properties = TensorProperties(
+            given.dtype,
+            given.layout,
+            given.requires_grad,
+            given.memory_format,
+            given.pin_memory,
+        )
+        for shard in value.local_shards():
+            box = shard.metadata
+            rows.add_chunk(
+                key, SHARD, properties, metadata.size, box.shard_offsets, box.shard_sizes
+            )
+    elif isinstance(value, torch.Tensor):
+        rows.add_chunk(
+            key,
+            TENSOR,
+            TensorProperties.create_from_tensor(value),
+            value.shape,
+            (0,) * value.dim(),
+            value.shape,
+        )
+    else:
+        rows.add_object(key)
+
+
+def memory_format_of(encoding: int) -> torch.memory_format:
+    """Return the memory format that files spell with this number."""
+    return _FORMATS.get(encoding, torch.contiguous_format)
+
+
+def properties_of(columns: Any, row: int) -> TensorProperties:
+    """Return the properties in one row of `WriteColumns` or `Tensors`."""
+    return TensorProperties(
+        dtype=torch_dtype(BY_CODE[int(columns.dtype[row])]),
+        requires_grad=bool(columns.requires_grad[row]),
+        memory_format=memory_format_of(int(columns.memory_format[row])),
+        pin_memory=bool(columns.pin_memory[row]),
+    )
+
+
+class WriteTable(Sequence[WriteItem]):
+    """Columns that look like a list of write items."""
+
+    def __init__(self, columns: WriteColumns) -> None:
+        self._columns = columns
+        self._kept: dict[int, WriteItem] = {}
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @overload
+    def __getitem__(self, position: int) -> WriteItem: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[WriteItem]: ...
+    def __getitem__(self, position: int | slice) -> WriteItem | list[WriteItem]:
+        if isinstance(position, slice):
+            return [self[row] for row in range(*position.indices(len(self)))]
+        row = range(len(self))[position]
+        if row not in self._kept:
+            self._kept[row] = self._make(row)
+        return self._kept[row]
+
+    def __iter__(self) -> Iterator[WriteItem]:
+        return (self[row] for row in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Sequence[WriteItem]) -> list[WriteItem]:
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[WriteItem]) -> list[WriteItem]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} write items>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.columns,)
+
+    @property
+    def columns(self) -> WriteColumns:
+        """The columns, with what planners changed in the items they looked at."""
+        if self._kept and any(item != self._make(row) for row, item in self._kept.items()):
+            self._columns = _columns_from_items(self)
+        return self._columns
+
+    def _make(self, row: int) -> WriteItem:
+        columns = self._columns
+        key, hint = columns.keys[row], int(columns.hint[row])
+        place = None if hint < 0 else hint
+        if columns.kind[row] == OBJECT:
+            return WriteItem(MetadataIndex(key, index=place), WriteItemType.BYTE_IO)
+        rank = int(columns.ndim[row])
+        offsets = torch.Size(columns.offsets[row, :rank].tolist())
+        return WriteItem(
+            index=MetadataIndex(key, offsets, place),
+            type=_TYPES[int(columns.kind[row])],
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets, torch.Size(columns.sizes[row, :rank].tolist())),
+                properties=properties_of(columns, row),
+                size=torch.Size(columns.shape[row, :rank].tolist()),
+            ),
+        )
+
+
+def columns_of(items: Iterable[Any]) -> WriteColumns:
+    """Return the columns of a plan's items; a plain list may hold torch's items as well."""
+    return items.columns if isinstance(items, WriteTable) else _columns_from_items(items)
+
+
+def _columns_from_items(items: Iterable[Any]) -> WriteColumns:
+    rows = _Rows()
+    for item in items:
+        hint = -1 if item.index.index is None else item.index.index
+        data = item.tensor_data
+        if data is None:
+            rows.add_object(item.index.fqn, hint)
+        else:
+            rows.add_chunk(
+                item.index.fqn,
+                _KINDS[item.type.name],
+                data.properties,
+                data.size,
+                data.chunk.offsets,
+                data.chunk.sizes,
+                hint,
+            )
+    return rows.columns()

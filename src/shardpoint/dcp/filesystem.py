@@ -1,0 +1,378 @@
+"""Checkpoints in a folder: written atomically, read by byte runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.futures import Future
+
+from shardpoint.dcp._metadata_view import index_of, metadata_of
+from shardpoint.dcp._objects import object_stream
+from shardpoint.dcp._reading import requests_for
+from shardpoint.dcp._records import memory_bytes, record_of, uses_default_lookup
+from shardpoint.dcp.metadata import Metadata, StorageMeta
+from shardpoint.dcp.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from shardpoint.dcp.storage import StorageReader, StorageWriter, WriteResult
+from shardpoint.engine import committing
+from shardpoint.engine.opening import open_index
+from shardpoint.engine.reading import ReadStatistics, read_tensors
+from shardpoint.engine.writing import write_files
+from shardpoint.errors import (
+    CheckpointExistsError,
+    NotSupportedError,
+    PlanError,
+    ShardpointError,
+)
+from shardpoint.formats.dcp_metadata import write_metadata
+from shardpoint.index import CheckpointIndex
+from shardpoint.planning.save import Written, attach_storage
+from shardpoint.storage.local import LocalStorage
+
+__all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SUFFIX = ".distcp"
+CURRENT_DCP_VERSION = "1.0.0"
+
+
+class SerializationFormat(Enum):
+    """What a data file's tensor entries are."""
+
+    TORCH_SAVE = "torch_save"
+    SAFETENSORS = "safetensors"
+
+
+@dataclass
+class _StorageInfo:
+    """Where an item lies: the `storage_data` of files in a folder.
+
+    Attributes
+    ----------
+    relative_path
+        The file, relative to the checkpoint.
+    offset, length
+        The item's byte span in it.
+    transform_descriptors
+        What was done to the bytes, in order; None is nothing.
+    """
+
+    relative_path: str
+    offset: int
+    length: int
+    transform_descriptors: Sequence[str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass
+class _StoragePrefix:
+    """What the coordinator tells each rank: how its files are to be named."""
+
+    prefix: str
+
+
+class FileSystemWriter(StorageWriter):
+    """Writes a checkpoint into a folder.
+
+    The place may hold a checkpoint already: it stays readable until the new one is
+    complete, and is then replaced in one step.
+
+    Parameters
+    ----------
+    path
+        The folder; made if it does not exist.
+    single_file_per_rank
+        One file for each rank (and thread), or one for each item.
+    sync_files
+        Make everything durable before the checkpoint counts.
+    thread_count
+        Writing threads of each rank; each has its own file.
+    per_thread_copy_ahead
+        Accepted for torch's sake: copies from a device are made one tensor at a time.
+    overwrite
+        Replace a checkpoint that is there already, instead of an error.
+    serialization_format
+        Only ``TORCH_SAVE`` can be written so far.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        overwrite: bool = True,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+    ) -> None:
+        if serialization_format is not SerializationFormat.TORCH_SAVE:
+            raise NotSupportedError(f"writing {serialization_format} is not supported")
+        if thread_count < 1:
+            raise PlanError(f"thread_count must be at least 1, not {thread_count}")
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.thread_count = thread_count
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.overwrite = overwrite
+        self.serialization_format = serialization_format
+        self.rank: int | None = None
+        self.use_collectives = True
+        self.is_coordinator = False
+        self._begin(path)
+
+    def _begin(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.storage = LocalStorage(self.path)
+        self.save_id = secrets.token_hex(16)
+        self._written: list[str] = []
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._begin(checkpoint_id or self.path)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.is_coordinator = is_coordinator
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self.storage.prepare()
+        if not self.overwrite and self.storage.has(self._metadata_name()):
+            raise CheckpointExistsError(
+                f"{self.path} holds a checkpoint already and overwrite=False was given"
+            )
+        if self.use_collectives:
+            return plan
+        prefix = committing.data_prefix(self.rank or 0, committing.new_token(self.storage))
+        return replace(plan, storage_data=_StoragePrefix(prefix))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        if not self.use_collectives:
+            return plans
+        token = committing.new_token(self.storage)
+        return [
+            replace(plan, storage_data=_StoragePrefix(committing.data_prefix(rank, token)))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not isinstance(plan.storage_data, _StoragePrefix):
+            raise PlanError("prepare_global_plan was not called on this plan")
+        keep = uses_default_lookup(planner)
+        files: dict[str, list[WriteItem]] = {}
+        for number, items in enumerate(self._buckets(plan.items)):
+            files[f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"] = items
+        self._written = list(files)
+        spans = write_files(
+            self.storage,
+            {
+                name: [record_of(planner, item, keep=keep) for item in items]
+                for name, items in files.items()
+            },
+            threads=max(self.thread_count, min(4, os.cpu_count() or 1)),
+            sync=self.sync_files,
+        )
+        results = [
+            WriteResult(item.index, length, _StorageInfo(name, offset, length))
+            for name, items in files.items()
+            for item, (offset, length) in zip(items, spans[name], strict=True)
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _buckets(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+        """Distribute the items over files; objects come first in each."""
+        objects = [item for item in items if item.type.name == WriteItemType.BYTE_IO.name]
+        tensors = [item for item in items if item.type.name != WriteItemType.BYTE_IO.name]
+        if not self.single_file_per_rank:
+            return [[item] for item in objects + tensors]
+        if self.thread_count == 1:
+            return [objects + tensors] if items else []
+        buckets: list[list[WriteItem]] = [[] for _ in range(self.thread_count)]
+        loads = [0] * self.thread_count
+        for position, item in enumerate(objects):
+            buckets[position % self.thread_count].append(item)
+        for item in sorted(tensors, key=memory_bytes, reverse=True):
+            least = int(np.argmin(loads))
+            buckets[least].append(item)
+            loads[least] += memory_bytes(item)
+        return [bucket for bucket in buckets if bucket]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        index = attach_storage(index_of(metadata), _written_by(results))
+        meta = self.storage_meta()
+        index = replace(
+            index,
+            version=CURRENT_DCP_VERSION,
+            storage_meta=None if meta is None else dict(vars(meta)),
+        )
+        finished = metadata_of(index, _StorageInfo)
+        vars(metadata).update(vars(finished))
+        committing.commit(
+            self.storage, self._metadata_name(), write_metadata(index), sync=self.sync_files
+        )
+        self._written = []
+        try:
+            committing.remove_replaced(
+                self.storage, set(index.files), rank=None if self.use_collectives else self.rank
+            )
+        except ShardpointError as error:  # the save itself is done; the next one cleans up
+            logger.warning("%s: the replaced checkpoint's files remain: %s", self.path, error)
+
+    def abort(self) -> None:
+        """Remove what this rank has written of a save that failed on some rank.
+
+        Where the commit itself failed it may have come through all the same (the rename was
+        done, the folder's sync failed): then the files count and stay.
+        """
+        written, self._written = self._written, []
+        if written and not committing.holds_any(self.storage, self._metadata_name(), written):
+            for name in written:
+                self.storage.remove(name)
+
+    def _metadata_name(self) -> str:
+        if self.use_collectives:
+            return committing.METADATA_NAME
+        return committing.rank_metadata_name(self.rank or 0)
+
+
+def _written_by(results: list[list[WriteResult]]) -> Written:
+    rows = [result for rank in results for result in rank]
+    axes = max((len(row.index.offset or ()) for row in rows), default=0)
+    offsets = np.zeros((len(rows), axes), np.int64)
+    for position, row in enumerate(rows):
+        offsets[position, : len(row.index.offset or ())] = row.index.offset or ()
+    return Written(
+        keys=[row.index.fqn for row in rows],
+        is_object=np.array([row.index.offset is None for row in rows], np.bool_),
+        offsets=offsets,
+        file=[row.storage_data.relative_path for row in rows],
+        offset=np.array([row.storage_data.offset for row in rows], np.int64),
+        length=np.array([row.storage_data.length for row in rows], np.int64),
+        transforms=[tuple(row.storage_data.transform_descriptors or ()) for row in rows],
+    )
+
+
+class FileSystemReader(StorageReader):
+    """Reads a checkpoint: a folder of torch's or of safetensors files, or a torch.save file.
+
+    Parameters
+    ----------
+    path
+        The folder or file.
+    verify
+        Compare what is read with its checksums, where whole records are read.
+    thread_count
+        Reading threads; None is a number that fits the machine.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        thread_count: int | None = None,
+    ) -> None:
+        self.verify = verify
+        self.thread_count = thread_count or min(4, os.cpu_count() or 1)
+        self._begin(path)
+
+    def _begin(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.load_id = secrets.token_hex(16)
+        self.statistics: ReadStatistics | None = None
+        self._metadata: Metadata | None = None
+        self._index: CheckpointIndex | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._begin(checkpoint_id or self.path)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder or file."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._index, self.storage = open_index(self.path, prefer_rank=kwargs.get("rank"))
+        metadata = metadata_of(self._index, _StorageInfo)
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        self._metadata = metadata
+        return metadata
+
+    @property
+    def is_per_rank(self) -> bool:
+        """Whether each rank saved metadata of its own."""
+        return self._index is not None and self._index.source == "dcp-per-rank"
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        if metadata is not self._metadata or self._index is None:
+            self._index = index_of(metadata)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        index = self._index
+        if index is None:
+            raise PlanError("set_up_storage_reader was not called")
+        tensors: list[ReadItem] = []
+        objects: list[ReadItem] = []
+        for item in plan.items:
+            is_object = item.type.name == LoadItemType.BYTE_IO.name
+            (objects if is_object else tensors).append(item)
+        self.statistics = read_tensors(
+            index,
+            self.storage,
+            requests_for(index, tensors, planner),
+            threads=self.thread_count,
+            verify=self.verify,
+        )
+        rows = {key: row for row, key in enumerate(index.objects.keys)}
+        for item in objects:
+            row = rows[item.storage_index.fqn]
+            planner.load_bytes(item, object_stream(index, self.storage, row))
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future

@@ -1,0 +1,253 @@
+"""Saving a state dict from one process or from all ranks of a group."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch.distributed as dist
+
+from shardpoint.coordination import (
+    Coordinator,
+    SingleProcess,
+    broadcast_result,
+    gather_scatter,
+)
+from shardpoint.dcp._metadata_view import index_of, metadata_of
+from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._state import call_state_dict
+from shardpoint.dcp.api import checkpoint_exceptions
+from shardpoint.dcp.default_planner import DefaultSavePlanner
+from shardpoint.dcp.filesystem import FileSystemWriter, _StorageInfo
+from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
+from shardpoint.dcp.planner import SavePlan, SavePlanner
+from shardpoint.dcp.storage import StorageWriter, WriteResult
+from shardpoint.errors import PlanError, ShardpointError
+from shardpoint.index import CheckpointIndex
+
+__all__ = ["save", "save_state_dict"]
+
+logger = logging.getLogger(__name__)
+
+
+def save_state_dict(
+    state_dict: STATE_DICT_TYPE,
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save without calling `Stateful`s; use `save`.
+
+    .. deprecated:: as in torch.
+    """
+    warnings.warn("save_state_dict is deprecated, use save instead", FutureWarning, stacklevel=2)
+    storage_writer.reset()
+    return _save(
+        lambda: state_dict,
+        storage_writer=storage_writer,
+        planner=planner,
+        coordinator=coordinator_for(process_group, coordinator_rank, no_dist),
+        rank=None,
+    )
+
+
+def save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save a state dict; every rank of the group calls this with its part.
+
+    The checkpoint is complete, or not there at all: whatever was at that place before stays
+    readable until the new one counts.
+
+    Parameters
+    ----------
+    state_dict
+        Tensors, `DTensor` s, `ShardedTensor` s, objects, containers of them, and `Stateful` s,
+        whose ``state_dict()`` is called.
+    checkpoint_id
+        The folder.
+    storage_writer
+        Where to write; None is a `FileSystemWriter` of `checkpoint_id`.
+    planner
+        What to write; None is a `DefaultSavePlanner`.
+    process_group
+        The ranks that save together; None is all.
+    no_dist
+        Save from this process alone, whatever groups there are.
+    use_collectives
+        False: each rank saves on its own, with a metadata file of its own.
+
+    Returns
+    -------
+    Metadata
+        Of the saved checkpoint, on every rank.
+
+    Raises
+    ------
+    CheckpointException
+        On every rank, if any rank failed at any step; names the ranks and the causes.
+    """
+    if use_collectives:
+        coordinator = coordinator_for(process_group, 0, no_dist)
+        rank = None
+    else:
+        coordinator = SingleProcess()
+        rank = coordinator_for(process_group, 0, no_dist).rank
+    return _save(
+        lambda: call_state_dict(state_dict),
+        storage_writer=lambda: _writer(storage_writer, checkpoint_id),
+        planner=planner,
+        coordinator=coordinator,
+        rank=rank,
+    )
+
+
+def _writer(
+    storage_writer: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None
+) -> StorageWriter:
+    if storage_writer is not None:
+        storage_writer.reset(checkpoint_id)
+        return storage_writer
+    if checkpoint_id is None:
+        raise PlanError("save needs a checkpoint_id or a storage_writer")
+    if not FileSystemWriter.validate_checkpoint_id(checkpoint_id):
+        raise PlanError(f"no storage writer for {str(checkpoint_id)!r}: give a folder")
+    return FileSystemWriter(checkpoint_id)
+
+
+@dataclass
+class _Save:
+    """One save on one rank."""
+
+    state: Callable[[], dict[str, Any]]
+    make_writer: Callable[[], StorageWriter]
+    planner: SavePlanner
+    coordinator: Coordinator
+    rank: int | None
+    writer: StorageWriter | None = None
+    metadata: Metadata | None = None
+    results: list[list[WriteResult]] | None = None
+
+    def plan_locally(self) -> SavePlan:
+        writer = self.writer = self.make_writer()
+        is_coordinator = self.coordinator.is_coordinator
+        _set_up_planner(self.planner, self.state(), writer, is_coordinator)
+        _set_up_writer(
+            writer,
+            is_coordinator,
+            rank=self.coordinator.rank if self.rank is None else self.rank,
+            use_collectives=self.rank is None,
+        )
+        return writer.prepare_local_plan(self.planner.create_local_plan())
+
+    def plan_globally(self, plans: list[SavePlan]) -> list[SavePlan]:
+        assert self.writer is not None
+        plans, self.metadata = self.planner.create_global_plan(plans)
+        return self.writer.prepare_global_plan(plans)
+
+    def write(self, plan: SavePlan) -> list[WriteResult]:
+        assert self.writer is not None
+        future = self.writer.write_data(self.planner.finish_plan(plan), self.planner)
+        results: list[WriteResult] = future.wait()
+        return results
+
+    def collect(self, results: list[list[WriteResult]]) -> list[None]:
+        self.results = results
+        return [None] * len(results)
+
+    def finish(self) -> Metadata | CheckpointIndex:
+        assert self.writer is not None
+        assert self.metadata is not None
+        assert self.results is not None
+        self.writer.finish(self.metadata, self.results)
+        # columns travel better than objects, and every rank can make the same view of them
+        index = getattr(self.metadata, "_index", None)
+        return self.metadata if index is None else index_of(self.metadata)
+
+
+def _save(
+    state: Callable[[], dict[str, Any]],
+    *,
+    storage_writer: StorageWriter | Callable[[], StorageWriter],
+    planner: SavePlanner | None,
+    coordinator: Coordinator,
+    rank: int | None,
+) -> Metadata:
+    make = storage_writer if not isinstance(storage_writer, StorageWriter) else None
+    run = _Save(
+        state=state,
+        make_writer=make or (lambda: storage_writer),  # type: ignore[return-value, arg-type]
+        planner=planner if planner is not None else DefaultSavePlanner(),
+        coordinator=coordinator,
+        rank=rank,
+    )
+    times = [time.perf_counter()]
+    with checkpoint_exceptions():
+        try:
+            plan: SavePlan = gather_scatter(
+                coordinator, "plan", run.plan_locally, run.plan_globally
+            )
+            times.append(time.perf_counter())
+            gather_scatter(coordinator, "write", lambda: run.write(plan), run.collect)
+            times.append(time.perf_counter())
+            finished = broadcast_result(coordinator, "commit", run.finish)
+        except BaseException:
+            _abort(run)
+            raise
+    times.append(time.perf_counter())
+    if coordinator.is_coordinator:
+        logger.info(
+            "saved: plan %.3f s, write %.3f s, commit %.3f s",
+            *(after - before for before, after in pairwise(times)),
+        )
+    if isinstance(finished, CheckpointIndex):
+        return metadata_of(finished, _StorageInfo)
+    return finished
+
+
+def _abort(run: _Save) -> None:
+    """Let the writer clean up; the error that broke the save off is the one that counts."""
+    abort = getattr(run.writer, "abort", None)
+    if abort is not None:
+        try:
+            abort()
+        except ShardpointError as error:
+            logger.warning("cleaning up after a failed save failed too: %s", error)
+
+
+def _set_up_planner(
+    planner: SavePlanner, state_dict: dict[str, Any], writer: StorageWriter, coordinator: bool
+) -> None:
+    """Call `set_up_planner` as its signature has it: before torch 2.3 it had no storage_meta."""
+    if "storage_meta" in inspect.signature(planner.set_up_planner).parameters:
+        planner.set_up_planner(
+            state_dict=state_dict, storage_meta=writer.storage_meta(), is_coordinator=coordinator
+        )
+    else:
+        planner.set_up_planner(state_dict, is_coordinator=coordinator)
+
+
+def _set_up_writer(
+    writer: StorageWriter, is_coordinator: bool, *, rank: int, use_collectives: bool
+) -> None:
+    parameters = inspect.signature(writer.set_up_storage_writer).parameters
+    keywords = {"rank": rank, "use_collectives": use_collectives}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        keywords = {name: value for name, value in keywords.items() if name in parameters}
+    writer.set_up_storage_writer(is_coordinator, **keywords)

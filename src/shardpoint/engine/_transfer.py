@@ -1,0 +1,206 @@
+"""Moves boxes of elements from files into memory with strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from operator import add
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from shardpoint.dtypes import DType
+from shardpoint.engine._files import BufferPool, CountedFile
+from shardpoint.engine._geometry import Numbers, extent, split_box
+from shardpoint.engine._payload import Payload, Place
+from shardpoint.errors import NotSupportedError, Problem
+from shardpoint.formats.checksum import crc32
+from shardpoint.index import CONJUGATE, NEGATIVE
+from shardpoint.planning.runs import Runs, byte_runs, coalesce
+
+__all__ = ["BUFFER", "apply_flags", "copy_from_memory", "read_box", "read_extent"]
+
+AnyArray: TypeAlias = npt.NDArray[Any]
+
+_BLOCK = 1 << 20  # read at once where a checksum is taken: it is still in cache then
+BUFFER = 4 << 20
+"""Bytes of the buffer that elements on their way to strided memory go through."""
+
+_VECTOR = 512  # runs in one call
+_NOT_NEGATED = frozenset(
+    {"bool", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"}
+)
+
+
+def read_box(
+    file: CountedFile,
+    payload: Payload,
+    offsets: Numbers,
+    into: AnyArray,
+    *,
+    buffers: BufferPool,
+    gap_ratio: float,
+    checksum: bool,
+) -> int:
+    """Read a box whose elements the payload holds in row-major order, perhaps with gaps.
+
+    Parameters
+    ----------
+    payload
+        With axes, as `offsets` and `into` have them, from the outermost to the innermost.
+    offsets
+        The box's place in the chunk.
+    into
+        Memory of the box's sizes. Where it is row-major the bytes go there at once.
+    gap_ratio
+        How many bytes nobody asked for may be read between rows, for each one asked for.
+    checksum
+        Whether to return the CRC-32 of the bytes, in the payload's order.
+    """
+    itemsize = into.dtype.itemsize
+    if into.flags.c_contiguous:
+        runs = byte_runs(payload.strides, itemsize, offsets, into.shape)
+        dense = into.reshape(-1).view(np.uint8).data
+        return _read_dense(file, payload.offset, runs, dense, gap_ratio, 0, checksum)
+    found = 0
+    with buffers.take() as buffer:
+        for start, sizes in split_box(into.shape, BUFFER // itemsize):
+            at = tuple(map(add, offsets, start))
+            runs = byte_runs(payload.strides, itemsize, at, sizes)
+            dense = buffer[: prod(sizes) * itemsize]
+            found = _read_dense(file, payload.offset, runs, dense, gap_ratio, found, checksum)
+            box = tuple(slice(o, o + n) for o, n in zip(start, sizes, strict=True))
+            np.copyto(into[box], np.frombuffer(dense, into.dtype).reshape(sizes))
+    return found
+
+
+def _read_dense(
+    file: CountedFile,
+    base: int,
+    runs: Runs,
+    dense: memoryview,
+    gap_ratio: float,
+    before: int,
+    checksum: bool,
+) -> int:
+    """Fill `dense` with runs; return the CRC-32 that continues `before`."""
+    if len(runs.starts) != 1:
+        _read_runs(file, base, runs, dense, int(gap_ratio * len(dense)))
+        return crc32(dense, before) if checksum else 0
+    offset = base + int(runs.starts[0])
+    if not checksum:
+        file.read_into(offset, [dense])
+        return 0
+    found = before
+    for start in range(0, len(dense), _BLOCK):
+        block = dense[start : start + _BLOCK]
+        file.read_into(offset + start, [block])
+        found = crc32(block, found)
+    return found
+
+
+def _read_runs(
+    file: CountedFile, base: int, runs: Runs, dense: memoryview, gap_budget: int
+) -> None:
+    """Read runs one after the other into `dense`; what lies between goes nowhere."""
+    starts, lengths = runs.starts.tolist(), runs.lengths.tolist()
+    reads = coalesce(runs.starts, runs.lengths, gap_budget_bytes=gap_budget)
+    ends = (reads.starts + reads.lengths).tolist()
+    scratch = memoryview(bytearray(_largest_gap(runs, gap_budget)))
+    position = first = 0
+    for end in ends:
+        vector: list[memoryview] = []
+        at = offset = starts[first]
+        while first < len(starts) and starts[first] < end:
+            if starts[first] > at:
+                vector.append(scratch[: starts[first] - at])
+            vector.append(dense[position : position + lengths[first]])
+            position += lengths[first]
+            at = starts[first] + lengths[first]
+            first += 1
+            if len(vector) >= _VECTOR:
+                file.read_into(base + offset, vector)
+                vector, offset = [], at
+        if vector:
+            file.read_into(base + offset, vector)
+
+
+def _largest_gap(runs: Runs, budget: int) -> int:
+    gaps = runs.starts[1:] - (runs.starts + runs.lengths)[:-1]
+    return int(gaps[gaps <= budget].max(initial=0))
+
+
+def read_extent(file: CountedFile, payload: Payload, offsets: Numbers, into: AnyArray) -> None:
+    """Read a box of a payload with any strides: all bytes from its first element to its last."""
+    itemsize = into.dtype.itemsize
+    start = payload.offset + itemsize * _position(offsets, payload.strides)
+    data = bytearray(extent(into.shape, payload.strides) * itemsize)
+    file.read_into(start, [memoryview(data)])
+    np.copyto(into, _view(memoryview(data), 0, into.shape, payload.strides, into.dtype))
+
+
+def copy_from_memory(
+    data: memoryview, base: int, place: Place, payload: Payload, offsets: Numbers, into: AnyArray
+) -> None:
+    """Copy a box out of a record that was read whole; its byte 0 is byte `base` of the file."""
+    itemsize = place.dtype.itemsize
+    start = payload.offset - base + itemsize * _position(offsets, payload.strides)
+    np.copyto(into, _view(data, start, into.shape, payload.strides, into.dtype))
+    apply_flags(into, place, payload.flags)
+
+
+def _position(offsets: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(o * s for o, s in zip(offsets, strides, strict=True))
+
+
+def _view(
+    data: memoryview, start: int, sizes: Numbers, strides: Numbers, dtype: np.dtype[Any]
+) -> AnyArray:
+    """View bytes as an array; numpy checks that it stays inside them."""
+    steps = tuple(stride * dtype.itemsize for stride in strides)
+    return np.ndarray(sizes, dtype, buffer=data, offset=start, strides=steps)
+
+
+def apply_flags(values: AnyArray, place: Place, flags: int) -> None:
+    """Turn stored elements into values, in place: torch's lazy conjugate and negative.
+
+    Raises
+    ------
+    NotSupportedError
+        If the dtype has no conjugate or no negative that torch could have meant.
+    """
+    if flags & CONJUGATE:
+        _conjugate(values, place)
+    if flags & NEGATIVE:
+        _negate(values, place)
+
+
+def _conjugate(values: AnyArray, place: Place) -> None:
+    if not place.dtype.name.startswith("complex"):
+        raise _no_such(place, "conjugate")
+    if place.dtype.itemsize == 16:
+        np.conjugate(values, out=values)
+        return
+    # The imaginary part is the upper half of the little-endian bytes, its sign the upper bit.
+    sign = values.dtype.type(1 << (8 * place.dtype.itemsize - 1))
+    np.bitwise_xor(values, sign, out=values)
+
+
+def _negate(values: AnyArray, place: Place) -> None:
+    dtype: DType = place.dtype
+    if dtype.name in _NOT_NEGATED:
+        raise _no_such(place, "negative")
+    if dtype.name.startswith(("int", "uint")) or dtype.itemsize == 16:
+        np.negative(values, out=values)
+        return
+    half = 8 * dtype.itemsize // 2
+    sign = 1 << (8 * dtype.itemsize - 1)
+    if dtype.name.startswith("complex"):
+        sign |= 1 << (half - 1)
+    np.bitwise_xor(values, values.dtype.type(sign), out=values)
+
+
+def _no_such(place: Place, what: str) -> NotSupportedError:
+    message = f"the record asks for the {what} of {place.dtype.name} elements"
+    return NotSupportedError(str(Problem(message, place.key, place.file, place.record_offset)))

@@ -1,0 +1,88 @@
+"""The commit protocol of a folder: fresh names, one rename that counts, then the cleanup.
+
+Data go into files that no committed checkpoint refers to; the metadata file is put in place
+atomically, and that is the commit; only then are the files of the replaced checkpoint
+removed. A crash leaves the old or the new checkpoint, and garbage that the next save removes.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Collection
+
+from shardpoint.storage.base import Storage
+
+__all__ = [
+    "METADATA_NAME",
+    "commit",
+    "data_prefix",
+    "holds_any",
+    "new_token",
+    "rank_metadata_name",
+    "remove_replaced",
+]
+
+METADATA_NAME = ".metadata"
+_DATA_FILE = re.compile(r"__\d+_(?:[0-9a-f]{8}_)?\d+\.distcp")
+_RANK_METADATA = re.compile(r"__\d+\.metadata")
+_TEMPORARY = re.compile(r"\.(?:__\d+)?\.metadata\.[0-9a-f]+\.tmp")
+
+
+def rank_metadata_name(rank: int) -> str:
+    """Return the metadata file of one rank that saves without the others."""
+    return f"__{rank}.metadata"
+
+
+def new_token(storage: Storage) -> str:
+    """Return what makes file names fresh: nothing in an empty place, as torch names files."""
+    taken = any(_DATA_FILE.fullmatch(name) for name in storage.list())
+    return f"{secrets.token_hex(4)}_" if taken else ""
+
+
+def data_prefix(rank: int, token: str) -> str:
+    """Return what the names of a rank's data files begin with."""
+    return f"__{rank}_{token}"
+
+
+def commit(storage: Storage, name: str, metadata: bytes, *, sync: bool) -> None:
+    """Make what was written the checkpoint at this place.
+
+    Raises
+    ------
+    StorageError
+        Then the checkpoint that was there before is still there.
+    """
+    storage.replace(name, metadata, sync=sync)
+
+
+def holds_any(storage: Storage, name: str, files: Collection[str]) -> bool:
+    """Whether the metadata file in place names one of these data files."""
+    if not storage.has(name):
+        return False
+    metadata = storage.read(name)
+    return any(file.encode() in metadata for file in files)
+
+
+def remove_replaced(storage: Storage, keep: Collection[str], *, rank: int | None = None) -> None:
+    """Remove the data files of replaced and of broken-off saves.
+
+    Only files with names that a save gives are ever touched.
+
+    Parameters
+    ----------
+    keep
+        The files of the checkpoint that counts now.
+    rank
+        Only this rank's files, where ranks save without each other; None is all, and then
+        the metadata files of such saves go too.
+    """
+    for name in storage.list():
+        if name in keep:
+            continue
+        if rank is not None:
+            stale = name.startswith(f"__{rank}_") and _DATA_FILE.fullmatch(name)
+        else:
+            stale = _DATA_FILE.fullmatch(name) or _RANK_METADATA.fullmatch(name)
+        if stale or (rank is None and _TEMPORARY.fullmatch(name)):
+            storage.remove(name)

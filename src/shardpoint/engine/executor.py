@@ -1,0 +1,92 @@
+"""One bounded set of threads for one operation; the first failure ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import islice
+
+__all__ = ["run_tasks"]
+
+
+def run_tasks(tasks: Iterable[Callable[[], None]], *, threads: int, name: str) -> None:
+    """Run all tasks, at most `threads` side by side, and return when all are done.
+
+    Tasks are taken from the iterable one at a time, when a thread is free for the next, so
+    a generator may make them as late as it likes; it is never entered by two threads at once.
+
+    The first exception (of a task or of the iterable) keeps the tasks that have not begun
+    from beginning. It is raised here, with the traceback it came with, once those that had
+    begun are done. Later exceptions of those are dropped. No thread is left in any case.
+
+    Parameters
+    ----------
+    tasks
+        What to run; each is called once, in some thread.
+    threads
+        How many may run at once, at least one. With one thread, or one task, all runs in
+        the calling thread.
+    name
+        Prefix of the threads' names.
+    """
+    iterator = iter(tasks)
+    if threads <= 1:
+        for task in iterator:
+            task()
+        return
+    first_two = list(islice(iterator, 2))
+    if len(first_two) < 2:
+        for task in first_two:
+            task()
+        return
+    _Run(first_two, iterator).run(threads, name)
+
+
+class _Run:
+    """The state that the threads of one operation share."""
+
+    def __init__(self, first: list[Callable[[], None]], rest: Iterator[Callable[[], None]]) -> None:
+        self._first = first
+        self._rest = rest
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._failure: BaseException | None = None
+
+    def run(self, threads: int, name: str) -> None:
+        with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
+            try:
+                wait([pool.submit(self._work) for _ in range(threads)])
+            except BaseException:
+                # An interrupt of the waiting thread: leaving the block joins the others.
+                self._stopped = True
+                raise
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            try:
+                raise failure
+            finally:
+                del failure  # the traceback holds this frame: no cycle through it
+
+    def _work(self) -> None:
+        """Take tasks until there are none or one has failed."""
+        try:
+            while (task := self._take()) is not None:
+                task()
+        except BaseException as error:  # noqa: BLE001  raised in the calling thread
+            with self._lock:
+                self._stopped = True
+                if self._failure is None:
+                    self._failure = error
+
+    def _take(self) -> Callable[[], None] | None:
+        with self._lock:
+            if self._stopped:
+                return None
+            if self._first:
+                return self._first.pop(0)
+            try:
+                return next(self._rest)
+            except StopIteration:
+                self._stopped = True
+                return None

@@ -1,0 +1,170 @@
+"""Finds out what lies at a place, and reads its index."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+
+from shardpoint.engine._own_rank import preferring
+from shardpoint.errors import (
+    CheckpointNotFoundError,
+    NotSupportedError,
+    ShardpointError,
+)
+from shardpoint.formats.dcp_metadata import read_metadata, read_per_rank_metadata
+from shardpoint.formats.huggingface import read_directory
+from shardpoint.formats.torch_save import read_torch_save
+from shardpoint.index import NO_FILE, CheckpointIndex, Container
+from shardpoint.storage import LocalStorage, Storage
+
+__all__ = ["open_index"]
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+_METADATA = ".metadata"
+_RANK_METADATA = re.compile(r"__\d+\.metadata")
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
+_TORCH_SAVE = (".pt", ".pth", ".bin", ".ckpt")
+_FILE_URL = "file://"
+
+
+def open_index(
+    place: PathLike | Storage, *, prefer_rank: int | None = None
+) -> tuple[CheckpointIndex, Storage]:
+    """Return the index of the checkpoint at a place, and the storage its files are in.
+
+    Looked for are, in this order: ``.metadata`` (torch's distributed checkpoints),
+    ``__*.metadata`` (the same, saved without collectives), ``*.safetensors`` (Hugging Face),
+    and one ``torch.save`` file. No data is read, but for a few bytes where the metadata
+    leaves open what the data files hold.
+
+    Parameters
+    ----------
+    place
+        A folder, or one file of the last two kinds; or the storage of a folder.
+    prefer_rank
+        Where each rank has metadata of its own and several have the same thing: whose is
+        taken. By default the lowest rank's.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is none of these; names what was looked for.
+    FormatError, CorruptionError, UnsafePathError, NotSupportedError, StorageError
+    """
+    storage, name = (place, None) if isinstance(place, Storage) else _locate(place)
+    if name is not None and not _is_metadata(name):
+        return _open_file(storage, name), storage
+    if storage.has(_METADATA):
+        index = read_metadata(storage.read(_METADATA), file=_METADATA)
+        return _with_containers(index, storage), storage
+    names = storage.list()
+    ranks = [name for name in names if _RANK_METADATA.fullmatch(name)]
+    if ranks:
+        parts = {name: storage.read(name) for name in ranks}
+        index = read_per_rank_metadata(parts)
+        own = f"__{prefer_rank}.metadata"
+        if own in parts:
+            index = preferring(index, read_per_rank_metadata({own: parts[own]}))
+        return _with_containers(index, storage), storage
+    if any(name.endswith(_SAFETENSORS) for name in names):
+        return read_directory(storage), storage
+    return _open_only_file(storage, names), storage
+
+
+def _locate(path: PathLike) -> tuple[Storage, str | None]:
+    """Return the storage of a folder, or of a file's folder with the file's name."""
+    text = os.fspath(path)
+    if text.startswith(_FILE_URL):
+        text = text[len(_FILE_URL) :]
+    if "://" in text:
+        raise NotSupportedError(f"cannot open {text!r}: only local paths are supported")
+    if "\0" in text or not text:
+        raise CheckpointNotFoundError(f"there is nothing at {text!r}")
+    if os.path.isdir(text):
+        return LocalStorage(text), None
+    if not os.path.exists(text):
+        raise CheckpointNotFoundError(f"there is nothing at {text!r}")
+    # A link is a file of the folder that it leads to: its target was chosen by the caller.
+    folder, name = os.path.split(os.path.realpath(text))
+    return LocalStorage(folder), name
+
+
+def _is_metadata(name: str) -> bool:
+    return name == _METADATA or _RANK_METADATA.fullmatch(name) is not None
+
+
+def _open_file(storage: Storage, name: str) -> CheckpointIndex:
+    if name.endswith(_SAFETENSORS):
+        return read_directory(storage, name)
+    return read_torch_save(storage, name)
+
+
+def _open_only_file(storage: Storage, names: Sequence[str]) -> CheckpointIndex:
+    files = [name for name in names if "/" not in name and name.endswith(_TORCH_SAVE)]
+    if len(files) == 1:
+        return read_torch_save(storage, files[0])
+    if files:
+        raise CheckpointNotFoundError(
+            f"{storage.location!r} has several torch.save files, open one of them: "
+            f"{', '.join(files)}"
+        )
+    raise CheckpointNotFoundError(
+        f"no checkpoint at {storage.location!r}: looked for {_METADATA}, __<rank>.metadata, "
+        f"*.safetensors, and one file of {', '.join('*' + suffix for suffix in _TORCH_SAVE)}"
+    )
+
+
+def _with_containers(index: CheckpointIndex, storage: Storage) -> CheckpointIndex:
+    """Find files that hold a safetensors image where torch.save records would be.
+
+    torch's ``SerializationFormat.SAFETENSORS`` gives, for each tensor, the place of the whole
+    image and the bytes of the tensor alone. A torch.save record is always larger than its
+    tensor, so only files with such lengths are looked into.
+    """
+    chunks = index.chunks
+    itemsizes = np.array(
+        [index.tensors.dtype_of(row).itemsize for row in range(len(index.tensors))]
+    )
+    if not len(chunks):
+        return index
+    nbytes = chunks.sizes.prod(axis=1) * itemsizes[chunks.tensor]
+    bare = (
+        (chunks.container == Container.TORCH_RECORD)
+        & (chunks.transform == 0)
+        & (chunks.file != NO_FILE)
+        & (chunks.record_length == nbytes)
+    )
+    candidates = np.flatnonzero(bare & (nbytes > 0))
+    files, first = np.unique(chunks.file[candidates], return_index=True)
+    images = [
+        number
+        for number, at in zip(files.tolist(), candidates[first].tolist(), strict=True)
+        if _begins_image(storage, index.files[number], int(chunks.record_offset[at]))
+    ]
+    if not images:
+        return index
+    container = chunks.container.copy()
+    container[bare & np.isin(chunks.file, images)] = Container.SAFETENSORS_IMAGE
+    return replace(index, chunks=replace(chunks, container=container))
+
+
+def _begins_image(storage: Storage, name: str, offset: int) -> bool:
+    """Whether a safetensors header begins there. Files that cannot be read are left alone:
+    reading from them gives the error, and other keys stay readable.
+    """
+    start = bytearray(9)
+    try:
+        with storage.open(name) as file:
+            if offset < 0 or offset + len(start) > file.size:
+                return False
+            file.read_into(offset, [memoryview(start)])
+            length = int.from_bytes(start[:8], "little")
+            return start[8:] == b"{" and offset + 8 + length <= file.size
+    except ShardpointError:
+        return False

@@ -1,0 +1,303 @@
+"""Columns to the bytes of a torch ``.metadata``, opcode by opcode: no torch, no object a chunk.
+
+The result is a protocol 4 pickle of torch's classes. What many entries share (classes, field
+names, keys, dtypes) is put into the memo once, up front, so that an entry is a template with a
+few numbers in it. `TensorProperties` gets the five fields that every release can read.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from shardpoint.dtypes import BY_CODE
+from shardpoint.errors import FormatError, NotSupportedError
+from shardpoint.formats._pickle_guards import describe
+from shardpoint.index import NO_FILE, CheckpointIndex, Container
+
+__all__ = ["write_metadata"]
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_NEW_WITH_FIELDS = b")\x81}("  # EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK ...
+_END_FIELDS = b"ub"  # ... SETITEMS BUILD
+_TRUE_FALSE = {True: b"\x88", False: b"\x89"}
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value < 1 << 16:
+        return b"M" + value.to_bytes(2, "little")
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    length = value.bit_length() // 8 + 1
+    return b"\x8a" + bytes((length,)) + value.to_bytes(length, "little", signed=True)
+
+
+def _text(value: str) -> bytes:
+    data = value.encode("utf-8", "surrogatepass")
+    if len(data) < 1 << 8:
+        return b"\x8c" + bytes((len(data),)) + data
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _tuple(parts: Sequence[bytes]) -> bytes:
+    if not parts:
+        return b")"
+    if len(parts) <= 3:
+        return b"".join(parts) + b"\x85\x86\x87"[len(parts) - 1 : len(parts)]
+    return b"(" + b"".join(parts) + b"t"
+
+
+class _Memo:
+    """Hands out the bytes that fetch a value; those that make it go to `output` once."""
+
+    def __init__(self, output: list[bytes]) -> None:
+        self._output = output
+        self._known: dict[bytes, bytes] = {}
+
+    def define(self, definition: bytes) -> bytes:
+        fetch = self._known.get(definition)
+        if fetch is None:
+            number = len(self._known)
+            self._output.append(definition + b"\x940")  # MEMOIZE POP
+            short = number < 1 << 8
+            fetch = b"h" + bytes((number,)) if short else b"j" + struct.pack("<I", number)
+            self._known[definition] = fetch
+        return fetch
+
+    def text(self, value: str) -> bytes:
+        return self.define(_text(value))
+
+    def name(self, module: str, name: str) -> bytes:
+        return self.define(self.text(module) + self.text(name) + b"\x93")
+
+
+class _Sizes(dict[tuple[int, ...], bytes]):
+    """``torch.Size`` of some numbers, as bytes; grids repeat them a lot."""
+
+    def __init__(self, size: bytes) -> None:
+        super().__init__()
+        self._size = size
+        self._integers: dict[int, bytes] = {}
+
+    def __missing__(self, numbers: tuple[int, ...]) -> bytes:
+        integers = self._integers
+        for number in numbers:
+            if number not in integers:
+                integers[number] = _integer(number)
+        result = self._size + _tuple([integers[number] for number in numbers]) + b"\x85R"
+        self[numbers] = result
+        return result
+
+
+class _Writer:
+    """The parts of one metadata, in torch's order of fields."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self.preamble: list[bytes] = []
+        self.memo = _Memo(self.preamble)
+        self.sizes = _Sizes(self.memo.name("torch", "Size"))
+        self.axes = index.tensors.ndim.tolist()
+        self.first_chunk = index.tensors.first_chunk.tolist()
+        self.offsets = index.chunks.offsets.tolist()
+
+    def keys(self) -> dict[str, bytes]:
+        """Fetches for all keys."""
+        return {key: self.memo.text(key) for key in self.index.key_order}
+
+    def entries(self, keys: Mapping[str, bytes]) -> Iterator[bytes]:
+        """``state_dict_metadata``."""
+        tensors = self.index.tensors
+        shapes = tensors.shape.tolist()
+        rows = {key: row for row, key in enumerate(tensors.keys)}
+        memo, sizes = self.memo, self.sizes
+        tensor_class = memo.name(_METADATA, "TensorStorageMetadata")
+        fields = (memo.text("properties"), memo.text("size"), memo.text("chunks"))
+        bytes_object = memo.name(_METADATA, "BytesStorageMetadata") + b")\x81"
+        yield b"}("
+        for key in self.index.key_order:
+            row = rows.get(key)
+            if row is None:
+                yield keys[key] + bytes_object
+                continue
+            shape = sizes[tuple(shapes[row][: self.axes[row]])]
+            yield keys[key] + tensor_class + _NEW_WITH_FIELDS
+            yield fields[0] + self.properties(row)
+            yield fields[1] + shape + fields[2]
+            yield from self.chunks(row)
+            yield _END_FIELDS
+        yield b"u"
+
+    def properties(self, row: int) -> bytes:
+        tensors, memo = self.index.tensors, self.memo
+        layout = memo.define(
+            memo.name("torch.serialization", "_get_layout") + memo.text("torch.strided") + b"\x85R"
+        )
+        encoding = memo.define(
+            memo.name(_METADATA, "_MEM_FORMAT_ENCODING")
+            + _integer(int(tensors.memory_format[row]))
+            + b"\x85R"
+        )
+        state = (
+            memo.name("torch", BY_CODE[int(tensors.dtype[row])].name),
+            layout,
+            _TRUE_FALSE[bool(tensors.requires_grad[row])],
+            encoding,
+            _TRUE_FALSE[bool(tensors.pin_memory[row])],
+        )
+        return memo.name(_METADATA, "TensorProperties") + b")\x81" + _tuple(state) + b"b"
+
+    def chunks(self, row: int) -> Iterator[bytes]:
+        memo, sizes, axes = self.memo, self.sizes, self.axes[row]
+        first, last = self.first_chunk[row], self.first_chunk[row + 1]
+        chunk_class = memo.name(_METADATA, "ChunkStorageMetadata")
+        start = chunk_class + _NEW_WITH_FIELDS + memo.text("offsets")
+        middle = memo.text("sizes")
+        extents = self.index.chunks.sizes[first:last].tolist()
+        yield b"]("
+        for offsets, extent in zip(self.offsets[first:last], extents, strict=True):
+            yield start
+            yield sizes[tuple(offsets[:axes])]
+            yield middle
+            yield sizes[tuple(extent[:axes])]
+            yield _END_FIELDS
+        yield b"e"
+
+    def paths(self) -> Iterator[bytes]:
+        """``planner_data``."""
+        paths = self.index.paths
+        if paths is None:
+            yield b"N"
+            return
+        text = self.memo.text
+        yield b"}("
+        for key, path in paths.items():
+            parts = [text(part) if isinstance(part, str) else _integer(part) for part in path]
+            yield text(key) + _tuple(parts)
+        yield b"u"
+
+    def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes]:
+        """``storage_data``: objects first, as they stand first in the files."""
+        index, memo = self.index, self.memo
+        start = memo.name(_METADATA, "MetadataIndex") + _NEW_WITH_FIELDS + memo.text("fqn")
+        hint, offset = memo.text("index"), memo.text("offset")
+        place = self.places()
+        yield b"}("
+        objects = index.objects
+        for key, info in zip(
+            objects.keys,
+            place(objects.file, objects.record_offset, objects.record_length, objects.transform),
+            strict=True,
+        ):
+            if info is not None:
+                yield b"".join([start, keys[key], hint, b"N", _END_FIELDS, info])
+        chunks = index.chunks
+        infos = place(chunks.file, chunks.record_offset, chunks.record_length, chunks.transform)
+        for row, key in enumerate(index.tensors.keys):
+            key_bytes, axes, first = keys[key], self.axes[row], self.first_chunk[row]
+            for number in range(first, self.first_chunk[row + 1]):
+                info = next(infos)
+                if info is not None:
+                    yield start
+                    yield key_bytes + hint + _integer(number - first) + offset
+                    yield self.sizes[tuple(self.offsets[number][:axes])]
+                    yield _END_FIELDS
+                    yield info
+        yield b"u"
+
+    def places(self) -> Any:
+        """Return a function from columns to the bytes of each row's ``_StorageInfo``."""
+        memo, index = self.memo, self.index
+        module = "torch.distributed.checkpoint.filesystem"
+        start = memo.name(module, "_StorageInfo") + _NEW_WITH_FIELDS + memo.text("relative_path")
+        files = [start + memo.text(file) + memo.text("offset") for file in index.files]
+        length_name = memo.text("length")
+        ends = [_END_FIELDS]
+        for descriptors in index.transforms[1:]:
+            items = b"".join(memo.text(descriptor) for descriptor in descriptors)
+            ends.append(memo.text("transform_descriptors") + b"](" + items + b"e" + _END_FIELDS)
+
+        def place(*columns: Any) -> Iterator[bytes | None]:
+            for file, offset, length, transform in zip(
+                *(column.tolist() for column in columns), strict=True
+            ):
+                if file == NO_FILE:
+                    yield None
+                else:
+                    yield (
+                        files[file]
+                        + _integer(offset)
+                        + length_name
+                        + _integer(length)
+                        + ends[transform]
+                    )
+
+        return place
+
+    def storage_meta(self, fields: Mapping[str, Any]) -> bytes:
+        """``StorageMeta``."""
+        memo = self.memo
+        parts = [memo.name(_METADATA, "StorageMeta"), _NEW_WITH_FIELDS]
+        for name, value in fields.items():
+            parts += [memo.text(name), self._storage_meta_value(name, value)]
+        return b"".join([*parts, _END_FIELDS])
+
+    def _storage_meta_value(self, name: str, value: Any) -> bytes:
+        if value is None:
+            return b"N"
+        if isinstance(value, PurePosixPath):
+            # By one whole string, which pathlib of every Python version takes.
+            return self.memo.name("pathlib", "PosixPath") + _text(str(value)) + b"\x85R"
+        if isinstance(value, (str, os.PathLike)):
+            path = os.fspath(value)
+            if isinstance(path, str):
+                return _text(path)
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return b"](" + b"".join(map(_text, value)) + b"e"
+        raise FormatError(f"storage_meta field {name!r}: cannot write {describe(value)}")
+
+
+def _fields(pairs: Iterable[tuple[bytes, Iterable[bytes]]]) -> list[bytes]:
+    body: list[bytes] = []
+    for name, value in pairs:
+        body.append(name)
+        body.extend(value)
+    return body
+
+
+def write_metadata(index: CheckpointIndex) -> bytes:
+    """Write the ``.metadata`` that torch reads, of any release that knows all its fields.
+
+    `CheckpointIndex.storage_meta` and `CheckpointIndex.version` that are None are left out:
+    torch 2.3 knows no ``StorageMeta``, and releases before 2.9 no version.
+
+    Raises
+    ------
+    NotSupportedError
+        If a chunk is in a container that ``.metadata`` cannot describe.
+    FormatError
+        If a field of `CheckpointIndex.storage_meta` is no path, text or list of texts.
+    """
+    if (index.chunks.container == Container.RAW).any():
+        raise NotSupportedError("a chunk outside a torch record cannot be described in .metadata")
+    writer = _Writer(index)
+    memo = writer.memo
+    keys = writer.keys()
+    start = memo.name(_METADATA, "Metadata") + _NEW_WITH_FIELDS
+    fields: list[tuple[bytes, Iterable[bytes]]] = [
+        (memo.text("state_dict_metadata"), writer.entries(keys)),
+        (memo.text("planner_data"), writer.paths()),
+        (memo.text("storage_data"), writer.storage(keys)),
+    ]
+    if index.storage_meta is not None:
+        fields.append((memo.text("storage_meta"), [writer.storage_meta(index.storage_meta)]))
+    if index.version is not None:
+        fields.append((memo.text("version"), [memo.text(index.version)]))
+    body = _fields(fields)  # also fills the preamble, which comes first
+    content = b"".join([*writer.preamble, start, *body, _END_FIELDS, b"."])
+    return b"\x80\x04\x95" + struct.pack("<Q", len(content)) + content

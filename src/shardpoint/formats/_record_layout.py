@@ -1,0 +1,278 @@
+"""Writes torch.save records by byte layout: of one tensor, or of a pickle with storages.
+
+The bytes are those of torch 2.13's own ``torch.save`` for the same tensor, but for the 40
+digits of ``.data/serialization_id``, a fingerprint that nothing reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardpoint.dtypes import DType
+from shardpoint.errors import PlanError
+from shardpoint.formats._zip_writing import (
+    CENTRAL_CRC_AT,
+    central_entry,
+    descriptor,
+    descriptor_length,
+    end,
+    local_header,
+)
+from shardpoint.formats.checksum import BytesLike, crc32
+from shardpoint.index import row_major_strides
+
+__all__ = ["TensorRecordLayout", "object_record"]
+
+_PREFIX = b"archive/"
+_PICKLE = _PREFIX + b"data.pkl"
+_PAYLOAD = _PREFIX + b"data/0"
+_FINGERPRINT = _PREFIX + b".data/serialization_id"
+_FINGERPRINT_LENGTH = 40
+_CRC = struct.Struct("<L")
+_BEFORE = (
+    (_PREFIX + b".format_version", b"1"),
+    (_PREFIX + b".storage_alignment", b"64"),
+    (_PREFIX + b"byteorder", b"little"),
+)
+_VERSION = (_PREFIX + b"version", b"3\n")
+
+
+class TensorRecordLayout:
+    """The record of one tensor: everything but the tensor's own bytes.
+
+    A record is `head`, then `payload_length` bytes (the elements in storage order,
+    little-endian), then what `tail` gives for their CRC-32. It is what torch 2.7 and later
+    write, and what ``torch.load(weights_only=True)`` of torch 2.3 and later reads.
+
+    Parameters
+    ----------
+    dtype, shape
+        Of the tensor.
+    strides
+        In elements; None is row-major. The payload has every element up to the last one
+        that the strides reach.
+    requires_grad
+        Kept in the record as torch keeps it.
+
+    Attributes
+    ----------
+    head
+        Bytes before the payload; a multiple of 64.
+    payload_length, tail_length, length
+        Bytes of the payload, of the tail, of the whole record.
+
+    Raises
+    ------
+    PlanError
+        If shape or strides have a negative number or do not fit each other.
+    """
+
+    __slots__ = ("_frame", "_pickle_crc", "head", "length", "payload_length", "tail_length")
+
+    def __init__(
+        self,
+        dtype: DType,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None = None,
+        requires_grad: bool = False,
+    ) -> None:
+        pickle, self.payload_length = _tensor_pickle(dtype, shape, strides, requires_grad)
+        self._pickle_crc = crc32(pickle)
+        self._frame = _frame(len(pickle), self.payload_length)
+        self.head = b"".join(
+            (
+                self._frame.before_pickle,
+                pickle,
+                descriptor(0, len(pickle), self._pickle_crc),
+                self._frame.before_payload,
+            )
+        )
+        self.tail_length = len(self._frame.tail)
+        self.length = len(self.head) + self.payload_length + self.tail_length
+
+    def tail(self, crc: int) -> bytes:
+        """Return the bytes after a payload of that CRC-32."""
+        return self._frame.fill_tail(self._pickle_crc, crc)
+
+
+def _tensor_pickle(
+    dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...] | None, requires_grad: bool
+) -> tuple[bytes, int]:
+    """Return the protocol-2 pickle of a tensor, and the bytes of its storage."""
+    if strides is None:
+        strides = row_major_strides(shape)
+    if len(strides) != len(shape) or any(n < 0 for n in (*shape, *strides)):
+        raise PlanError(f"no tensor has the shape {shape} and the strides {strides}")
+    count = 0
+    if 0 not in shape:
+        count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    payload_length = count * dtype.itemsize
+    typed = dtype.storage_name is not None
+    version = b"2" if typed else b"3"
+    storage = (
+        f"ctorch\n{dtype.storage_name}\n" if typed else "ctorch.storage\nUntypedStorage\n"
+    ).encode()
+    memo = 6
+    pieces = [
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v" + version + b"\nq\x00((",
+        b"X\x07\x00\x00\x00storageq\x01" + storage + b"q\x02",
+        b"X\x01\x00\x00\x000q\x03X\x03\x00\x00\x00cpuq\x04",
+        _integer(count if typed else payload_length) + b"tq\x05QK\x00",
+    ]
+    for numbers in (shape, strides):
+        pieces.append(_tuple(numbers))
+        if numbers:
+            pieces.append(b"q%c" % memo)
+            memo += 1
+    pieces.append(b"\x88" if requires_grad else b"\x89")
+    pieces.append(b"ccollections\nOrderedDict\nq%c)Rq%c" % (memo, memo + 1))
+    memo += 2
+    if not typed:
+        pieces.append(b"ctorch\n" + dtype.name.encode() + b"\nq%c" % memo)
+        memo += 1
+    pieces.append(b"tq%cRq%c." % (memo, memo + 1))
+    return b"".join(pieces), payload_length
+
+
+def _integer(value: int) -> bytes:
+    """Return the opcode that pushes a number that is not negative."""
+    if value < 1 << 8:
+        return b"K%c" % value
+    if value < 1 << 16:
+        return b"M" + value.to_bytes(2, "little")
+    if value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little")
+    length = value.bit_length() // 8 + 1  # one more bit for the sign
+    return b"\x8a%c" % length + value.to_bytes(length, "little")
+
+
+def _tuple(numbers: tuple[int, ...]) -> bytes:
+    """Return the opcodes that push a tuple of numbers."""
+    items = b"".join(map(_integer, numbers))
+    if len(numbers) > 3:
+        return b"(" + items + b"t"
+    return items + (b")", b"\x85", b"\x86", b"\x87")[len(numbers)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The bytes around pickle and payload, the same for all tensors with these two lengths."""
+
+    before_pickle: bytes
+    before_payload: bytes  # from the end of the pickle's descriptor on
+    tail: bytes  # with zeros in these places:
+    pickle_crc_at: int
+    payload_crcs_at: tuple[int, ...]
+    fingerprint_at: int
+    fingerprint_crcs_at: tuple[int, int]
+
+    def fill_tail(self, pickle_crc: int, payload_crc: int) -> bytes:
+        tail = bytearray(self.tail)
+        fingerprint = b"%020d%020d" % (pickle_crc, payload_crc)
+        fingerprint_crc = crc32(fingerprint)
+        tail[self.fingerprint_at : self.fingerprint_at + _FINGERPRINT_LENGTH] = fingerprint
+        _CRC.pack_into(tail, self.pickle_crc_at, pickle_crc)
+        for position in self.payload_crcs_at:
+            _CRC.pack_into(tail, position, payload_crc)
+        for position in self.fingerprint_crcs_at:
+            _CRC.pack_into(tail, position, fingerprint_crc)
+        return bytes(tail)
+
+
+@functools.lru_cache(maxsize=4096)
+def _frame(pickle_length: int, payload_length: int) -> _Frame:
+    first = local_header(_PICKLE, 0, pickle_length)
+    zip_ = _Zip(len(first) + pickle_length + descriptor_length(0, pickle_length))
+    zip_.entries.append(central_entry(_PICKLE, 0, pickle_length, 0))
+    for name, data in _BEFORE:
+        zip_.add(name, data)
+    zip_.begin(_PAYLOAD, payload_length)
+    payload_at = zip_.position - len(zip_.pieces[-1])
+    before_payload = b"".join(zip_.pieces)
+    zip_.pieces.clear()
+    zip_.position += payload_length
+    tail_from = zip_.position
+    payload_crcs = [4] if payload_length else []
+    zip_.close(_PAYLOAD, payload_at, payload_length, 0)
+    zip_.add(*_VERSION)
+    fingerprint_at = zip_.position
+    zip_.begin(_FINGERPRINT, _FINGERPRINT_LENGTH)
+    fingerprint_data_at = zip_.position
+    zip_.write(bytes(_FINGERPRINT_LENGTH))
+    fingerprint_crc_at = zip_.position + 4
+    zip_.close(_FINGERPRINT, fingerprint_at, _FINGERPRINT_LENGTH, 0)
+    crcs = [zip_.position + CENTRAL_CRC_AT]
+    for entry in zip_.entries:
+        crcs.append(crcs[-1] + len(entry))
+    zip_.finish()
+    if payload_length:
+        payload_crcs.append(crcs[1 + len(_BEFORE)] - tail_from)
+    return _Frame(
+        before_pickle=first,
+        before_payload=before_payload,
+        tail=b"".join(zip_.pieces),
+        pickle_crc_at=crcs[0] - tail_from,
+        payload_crcs_at=tuple(payload_crcs),
+        fingerprint_at=fingerprint_data_at - tail_from,
+        fingerprint_crcs_at=(fingerprint_crc_at - tail_from, crcs[-2] - tail_from),
+    )
+
+
+class _Zip:
+    """A zip in the making: pieces, and the directory's entries."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.pieces: list[BytesLike] = []
+        self.entries: list[bytes] = []
+
+    def write(self, data: BytesLike) -> None:
+        self.pieces.append(data)
+        self.position += len(data)
+
+    def begin(self, name: bytes, size: int) -> None:
+        self.write(local_header(name, self.position, size))
+
+    def close(self, name: bytes, position: int, size: int, crc: int) -> None:
+        self.write(descriptor(position, size, crc))
+        self.entries.append(central_entry(name, position, size, crc))
+
+    def add(self, name: bytes, data: BytesLike) -> None:
+        position = self.position
+        self.begin(name, len(data))
+        self.write(data)
+        self.close(name, position, len(data), crc32(data))
+
+    def finish(self) -> None:
+        directory = b"".join(self.entries)
+        position = self.position
+        self.write(directory)
+        self.write(end(len(self.entries), position, len(directory)))
+
+
+def object_record(pickle: bytes, storages: Sequence[BytesLike] = ()) -> bytes:
+    """Return the record of an object.
+
+    Parameters
+    ----------
+    pickle
+        The pickle of the object, with persistent ids for its storages.
+    storages
+        The bytes of the storages with the keys ``"0"``, ``"1"``, ...
+    """
+    zip_ = _Zip(0)
+    zip_.add(_PICKLE, pickle)
+    for name, data in _BEFORE:
+        zip_.add(name, data)
+    crc = 0
+    for number, storage in enumerate(storages):
+        storage_bytes = memoryview(storage).cast("B")
+        crc = crc32(storage_bytes, crc)
+        zip_.add(b"%sdata/%d" % (_PREFIX, number), storage_bytes)
+    zip_.add(*_VERSION)
+    zip_.add(_FINGERPRINT, b"%020d%020d" % (crc32(pickle), crc))
+    zip_.finish()
+    return b"".join(zip_.pieces)

@@ -1,0 +1,27 @@
+"""CRC-32, the checksum of zip records, in one place.
+
+The polynomial is the one of zip and zlib. zlib-ng computes it with vector instructions
+and lets other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from zlib_ng import zlib_ng
+
+__all__ = ["BytesLike", "crc32"]
+
+BytesLike: TypeAlias = "bytes | bytearray | memoryview | Any"
+"""Anything C-contiguous that has the buffer protocol."""
+
+
+def crc32(data: BytesLike, value: int = 0) -> int:
+    """Return the CRC-32 of `data`, continuing from the CRC-32 `value` of what precedes it.
+
+    Examples
+    --------
+    >>> crc32(b"56789", crc32(b"1234")) == crc32(b"123456789") == 0xCBF43926
+    True
+    """
+    return zlib_ng.crc32(data, value)

@@ -1,0 +1,128 @@
+"""Open files of the local file system: positioned, vectored, complete."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from shardpoint.errors import CorruptionError, StorageError
+from shardpoint.storage.base import Buffer
+
+__all__ = ["LocalReadableFile", "LocalWritableFile", "refused"]
+
+_VECTOR_LIMIT = min(os.sysconf("SC_IOV_MAX"), 1024) if "SC_IOV_MAX" in os.sysconf_names else 16
+
+
+def refused(action: str, path: str, cause: OSError) -> StorageError:
+    """Return a `StorageError` that names the file and keeps the cause's ``errno``."""
+    reason = cause.strerror or str(cause)
+    return StorageError(cause.errno, f"cannot {action} {path!r}: {reason}")
+
+
+class _LocalFile:
+    """A descriptor that is closed once, also when several threads close it."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the file; closing again does nothing.
+
+        Raises
+        ------
+        StorageError
+            If the store reports a failed write only now.
+        """
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            try:
+                os.close(descriptor)
+            except OSError as error:
+                raise refused("close", self._path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class LocalReadableFile(_LocalFile):
+    """A regular file open for reading; implements `shardpoint.storage.base.ReadableFile`."""
+
+    def __init__(self, descriptor: int, path: str, size: int) -> None:
+        super().__init__(descriptor, path)
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """Size in bytes when the file was opened."""
+        return self._size
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fill all buffers with the bytes from `offset` on; see the protocol."""
+        waiting = [buffer for buffer in buffers if len(buffer)]
+        first = 0
+        while first < len(waiting):
+            batch = waiting[first : first + _VECTOR_LIMIT]
+            try:
+                count = os.preadv(self._descriptor, batch, offset)
+            except OSError as error:
+                raise refused(f"read at byte {offset} of", self._path, error) from error
+            if count == 0:
+                missing = sum(map(len, waiting[first:]))
+                raise CorruptionError(
+                    f"file {self._path!r} ends at byte {offset}: {missing} bytes are missing"
+                )
+            offset += count
+            first = _advance(waiting, first, count)
+
+
+class LocalWritableFile(_LocalFile):
+    """A new file open for writing; implements `shardpoint.storage.base.WritableFile`."""
+
+    def write_from(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write all buffers from `offset` on; see the protocol."""
+        waiting = [buffer for buffer in buffers if len(buffer)]
+        first = 0
+        while first < len(waiting):
+            batch = waiting[first : first + _VECTOR_LIMIT]
+            try:
+                count = os.pwritev(self._descriptor, batch, offset)
+            except OSError as error:
+                raise refused(f"write at byte {offset} of", self._path, error) from error
+            if count == 0:
+                raise StorageError(f"cannot write at byte {offset} of {self._path!r}: no progress")
+            offset += count
+            first = _advance(waiting, first, count)
+
+    def sync(self) -> None:
+        """Return only when everything written is durable."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise refused("sync", self._path, error) from error
+
+
+def _advance(waiting: list[Buffer], first: int, count: int) -> int:
+    """Drop `count` transferred bytes from the front; return the first buffer not done.
+
+    The kernel may stop anywhere (at 2 GiB, at a signal), also within a buffer.
+    """
+    while first < len(waiting) and count >= len(waiting[first]):
+        count -= len(waiting[first])
+        first += 1
+    if count:
+        waiting[first] = waiting[first][count:]
+    return first

@@ -1,0 +1,262 @@
+"""Checkpoints in a folder of the local (or a mounted) file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import threading
+
+from shardpoint.errors import CorruptionError, StorageError, UnsafePathError
+from shardpoint.storage._files import LocalReadableFile, LocalWritableFile, refused
+from shardpoint.storage.base import ReadableFile, Storage, WritableFile
+from shardpoint.storage.names import check_name
+
+__all__ = ["LocalStorage"]
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+_CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
+_OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | _CLOSE_ON_EXEC
+_CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _CLOSE_ON_EXEC
+
+
+class LocalStorage(Storage):
+    """One folder.
+
+    Symbolic links are followed only while they stay inside the folder; the folder itself
+    may be reached through links. Only regular files are opened: a pipe or a device is
+    refused at once instead of being waited for.
+
+    Parameters
+    ----------
+    path
+        The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.path.abspath(os.fspath(path))
+        self._lock = threading.Lock()
+        self._unsynced_folders: set[str] = set()
+
+    @property
+    def location(self) -> str:
+        """The folder's absolute path."""
+        return self._path
+
+    def exists(self) -> bool:
+        """Whether the folder exists."""
+        return os.path.isdir(self._path)
+
+    def prepare(self) -> None:
+        """Create the folder and its parents; see `Storage.prepare`.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be created, or something else has that name.
+        """
+        self._make_folder(self._path)
+
+    def list(self) -> list[str]:
+        """Return the names of all files and links at any depth, sorted."""
+        names: list[str] = []
+        waiting = [""]
+        while waiting:
+            prefix = waiting.pop()
+            folder = os.path.join(self._path, prefix)
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        name = prefix + entry.name
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(name + "/")
+                        else:
+                            names.append(name)
+            except OSError as error:
+                # A folder that vanished meanwhile holds no files.
+                if error.errno == errno.ENOENT or (not prefix and error.errno in _ABSENT):
+                    continue
+                raise refused("list", folder, error) from error
+        return sorted(names)
+
+    def has(self, name: str) -> bool:
+        """Whether a regular file of that name exists; see `Storage.has`."""
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Return the file's size, None if there is no regular file; see `Storage.size`."""
+        path = self._resolve(name)
+        try:
+            found = os.stat(path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise refused("look at", path, error) from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def open(self, name: str) -> ReadableFile:
+        """Open a regular file for reading; see `Storage.open`."""
+        path = self._resolve(name)
+        try:
+            descriptor = os.open(path, _OPEN_FLAGS)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                raise CorruptionError(f"file {name!r} is missing from {self._path!r}") from error
+            raise refused("open", path, error) from error
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise StorageError(f"cannot open {path!r}: it is no regular file")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return LocalReadableFile(descriptor, path, found.st_size)
+
+    def create(self, name: str, *, size: int | None) -> WritableFile:
+        """Create a new file and reserve `size` bytes for it; see `Storage.create`."""
+        path = self._resolve_for_writing(name)
+        try:
+            descriptor = os.open(path, _CREATE_FLAGS, 0o666)
+        except FileExistsError as error:
+            raise StorageError(errno.EEXIST, f"file {path!r} exists already") from error
+        except OSError as error:
+            raise refused("create", path, error) from error
+        try:
+            _reserve(descriptor, path, size)
+        except BaseException:
+            os.close(descriptor)
+            _remove_quietly(path)
+            raise
+        return LocalWritableFile(descriptor, path)
+
+    def replace(self, name: str, data: bytes, *, sync: bool) -> None:
+        """Put a whole file in place atomically; see `Storage.replace`."""
+        path = self._resolve_for_writing(name)
+        folder, base = os.path.split(path)
+        # A fresh name each time: neither a crashed nor a concurrent writer is in the way.
+        temporary = os.path.join(folder, f".{base}.{secrets.token_hex(8)}.tmp")
+        try:
+            descriptor = os.open(temporary, _CREATE_FLAGS, 0o666)
+        except OSError as error:
+            raise refused("create", temporary, error) from error
+        try:
+            with LocalWritableFile(descriptor, temporary) as file:
+                file.write_from(0, [memoryview(data).cast("B")])
+                if sync:
+                    file.sync()
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                raise refused("replace", path, error) from error
+        except BaseException:
+            _remove_quietly(temporary)
+            raise
+        if sync:
+            self.sync()
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a link itself; see `Storage.remove`."""
+        parts = check_name(name)
+        folder = self._resolve("/".join(parts[:-1])) if len(parts) > 1 else self._root()
+        path = os.path.join(folder, parts[-1])
+        try:
+            os.unlink(path)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return
+            raise refused("remove", path, error) from error
+        with self._lock:
+            self._unsynced_folders.add(folder)
+
+    def sync(self) -> None:
+        """Make created and removed names durable; see `Storage.sync`."""
+        with self._lock:
+            folders, self._unsynced_folders = self._unsynced_folders, set()
+        for folder in sorted({*folders, self._root()}):
+            try:
+                _sync_folder(folder)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    continue
+                with self._lock:
+                    self._unsynced_folders |= folders
+                raise refused("sync", folder, error) from error
+
+    def _root(self) -> str:
+        return os.path.realpath(self._path)
+
+    def _resolve(self, name: str) -> str:
+        """Return the path behind all links.
+
+        Raises
+        ------
+        UnsafePathError
+            If the name is refused or leads out of the folder.
+        """
+        parts = check_name(name)
+        root = self._root()
+        path = os.path.realpath(os.path.join(root, *parts))
+        if os.path.commonpath([root, path]) != root or path == root:
+            raise UnsafePathError(f"file {name!r} leads out of {self._path!r}")
+        return path
+
+    def _resolve_for_writing(self, name: str) -> str:
+        """Return the path with its folder made; the last part is not followed."""
+        parts = check_name(name)
+        folder = self._resolve("/".join(parts[:-1])) if len(parts) > 1 else self._root()
+        self._make_folder(folder)
+        with self._lock:
+            self._unsynced_folders.add(folder)
+        return os.path.join(folder, parts[-1])
+
+    def _make_folder(self, folder: str) -> None:
+        """Create a folder with its parents, and note whose entries are to be synced."""
+        missing = folder
+        parents = []
+        while not os.path.isdir(missing):
+            parent = os.path.dirname(missing)
+            if parent == missing:
+                break
+            parents.append(parent)
+            missing = parent
+        if not parents:
+            return
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise refused("create folder", folder, error) from error
+        with self._lock:
+            self._unsynced_folders.update(parents)
+
+
+def _reserve(descriptor: int, path: str, size: int | None) -> None:
+    """Claim the space now, so that a full disk is an early error and extents are large."""
+    allocate = getattr(os, "posix_fallocate", None)
+    if not size or allocate is None:
+        return
+    try:
+        allocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_PREALLOCATION:
+            raise refused(f"reserve {size} bytes for", path, error) from error
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _CLOSE_ON_EXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; their renames are durable at once.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_quietly(path: str) -> None:
+    """Remove what a failed step left; the step's own error is the one that counts."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -1,0 +1,216 @@
+"""Everything that is wrong with a checkpoint, found by reading all of it once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shardpoint._sinks import NewArraySink
+from shardpoint.engine.reading import ReadRequest, read_object, read_tensors
+from shardpoint.errors import PlanError, Problem, ShardpointError
+from shardpoint.formats.object_decoder import NumpyFactory
+from shardpoint.index import NO_FILE, CheckpointIndex
+from shardpoint.planning.validate import find_problems
+from shardpoint.storage import Storage
+
+__all__ = ["VerifyReport", "verify_index"]
+
+_BATCH_BYTES = 64 << 20
+_BATCH_CHUNKS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `Checkpoint.verify` found.
+
+    Attributes
+    ----------
+    problems
+        Everything that is wrong, with key, file and offset where they are known.
+    tensors, chunks, objects
+        How many the index names.
+    chunks_read
+        How many chunks were read and compared with their checksum where there is one. Chunks
+        of tensors whose index entries are wrong are not read.
+    bytes_read
+        Bytes of tensor data and record headers that were read.
+    seconds
+        How long it took.
+    """
+
+    problems: tuple[Problem, ...]
+    tensors: int
+    chunks: int
+    objects: int
+    chunks_read: int
+    bytes_read: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.tensors:,} tensors in {self.chunks:,} chunks ({self.chunks_read:,} read, "
+            f"{self.bytes_read:,} bytes) and {self.objects:,} objects: "
+            + (f"{len(self.problems):,} problems" if self.problems else "no problems")
+        ]
+        return "\n".join([*lines, *(f"  - {problem}" for problem in self.problems)])
+
+
+def verify_index(
+    index: CheckpointIndex,
+    storage: Storage,
+    *,
+    allowed: Mapping[str, Callable[..., Any]],
+    threads: int,
+) -> VerifyReport:
+    """Check the index against itself and the files, then read all chunks and objects.
+
+    Holds one batch of chunks (64 MiB, or one chunk where that is larger) at a time. Errors
+    that are about the checkpoint become problems; nothing of shardpoint's is raised.
+    """
+    started = time.perf_counter()
+    sizes, problems = _file_sizes(index, storage)
+    problems += find_problems(index, rows=None, file_sizes=sizes)
+    wrong = {problem.key for problem in problems if problem.key is not None}
+    missing = {name for name, size in sizes.items() if size is None}
+    readable = _readable_chunks(index, missing, wrong)
+    chunks_read = bytes_read = 0
+    for batch in _batches(index, readable):
+        count, nbytes, found = _read_chunks(index, storage, batch, threads)
+        chunks_read += count
+        bytes_read += nbytes
+        problems += found
+    problems += _object_problems(index, storage, allowed)
+    return VerifyReport(
+        problems=tuple(dict.fromkeys(problems)),
+        tensors=len(index.tensors),
+        chunks=len(index.chunks),
+        objects=len(index.objects),
+        chunks_read=chunks_read,
+        bytes_read=bytes_read,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _file_sizes(
+    index: CheckpointIndex, storage: Storage
+) -> tuple[dict[str, int | None], list[Problem]]:
+    """Return the size of every file (None where it is missing or refused)."""
+    sizes: dict[str, int | None] = {}
+    problems = []
+    for name in index.files:
+        try:
+            sizes[name] = storage.size(name)
+        except ShardpointError as error:
+            sizes[name] = None
+            problems.append(Problem(str(error), file=name))
+    return sizes, problems
+
+
+def _readable_chunks(index: CheckpointIndex, missing: set[str], wrong: set[str]) -> Sequence[int]:
+    """Return the chunks that hold elements and belong to sound tensors, in file order."""
+    chunks = index.chunks
+    gone = np.array([name in missing for name in index.files] or [False])
+    bad = np.array([key in wrong for key in index.tensors.keys] or [False])
+    keep = (chunks.sizes > 0).all(axis=1) & (chunks.file != NO_FILE)
+    if len(chunks):
+        keep &= ~bad[chunks.tensor] & ~gone[np.maximum(chunks.file, 0)]
+    rows = np.flatnonzero(keep)
+    order = np.lexsort((chunks.record_offset[rows], chunks.file[rows]))
+    sorted_rows: list[int] = rows[order].tolist()
+    return sorted_rows
+
+
+def _chunk_bytes(index: CheckpointIndex, chunk: int) -> int:
+    nbytes = index.tensors.dtype_of(int(index.chunks.tensor[chunk])).itemsize
+    for size in index.chunks.sizes[chunk].tolist():
+        nbytes *= size
+    return nbytes
+
+
+def _batches(index: CheckpointIndex, chunks: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    total = 0
+    for chunk in chunks:
+        nbytes = _chunk_bytes(index, chunk)
+        if batch and (total + nbytes > _BATCH_BYTES or len(batch) == _BATCH_CHUNKS):
+            yield batch
+            batch, total = [], 0
+        batch.append(chunk)
+        total += nbytes
+    if batch:
+        yield batch
+
+
+def _read_chunks(
+    index: CheckpointIndex, storage: Storage, batch: Sequence[int], threads: int
+) -> tuple[int, int, list[Problem]]:
+    """Read whole chunks; return how many, their bytes, and what was wrong.
+
+    The first failure ends a read, so where a batch fails each of its chunks is read alone.
+    """
+    requests = []
+    for chunk in batch:
+        row = int(index.chunks.tensor[chunk])
+        axes = int(index.tensors.ndim[row])
+        offsets = tuple(index.chunks.offsets[chunk, :axes].tolist())
+        sizes = tuple(index.chunks.sizes[chunk, :axes].tolist())
+        sink = NewArraySink(index.tensors.dtype_of(row), sizes, key=index.tensors.keys[row])
+        requests.append(ReadRequest(tensor=row, offsets=offsets, sizes=sizes, sink=sink))
+    try:
+        statistics = read_tensors(index, storage, requests, threads=threads, verify=True)
+    except ShardpointError as error:
+        if len(batch) == 1:
+            return 1, 0, _chunk_problems(index, batch[0], error)
+    else:
+        return len(batch), statistics.bytes_read, []
+    count = nbytes = 0
+    problems: list[Problem] = []
+    del requests
+    for chunk in batch:
+        one, read, found = _read_chunks(index, storage, [chunk], threads)
+        count += one
+        nbytes += read
+        problems += found
+    return count, nbytes, problems
+
+
+def _chunk_problems(index: CheckpointIndex, chunk: int, error: ShardpointError) -> list[Problem]:
+    if isinstance(error, PlanError) and error.problems:
+        return list(error.problems)
+    return [
+        Problem(
+            str(error),
+            key=index.tensors.keys[int(index.chunks.tensor[chunk])],
+            file=index.files[int(index.chunks.file[chunk])],
+            offset=int(index.chunks.record_offset[chunk]),
+        )
+    ]
+
+
+def _object_problems(
+    index: CheckpointIndex, storage: Storage, allowed: Mapping[str, Callable[..., Any]]
+) -> list[Problem]:
+    problems = []
+    for row, key in enumerate(index.objects.keys):
+        try:
+            read_object(index, storage, row, factory=NumpyFactory(), allowed=allowed, verify=True)
+        except ShardpointError as error:
+            file = int(index.objects.file[row])
+            problems.append(
+                Problem(
+                    str(error),
+                    key=key,
+                    file=None if file == NO_FILE else index.files[file],
+                    offset=None if file == NO_FILE else int(index.objects.record_offset[row]),
+                )
+            )
+    return problems

@@ -1,0 +1,19 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Machines that run the tests differ in speed: an example that takes long is no failure.
+settings.register_profile("default", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_run(tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in a folder of its own, where code in a hostile file would leave a mark."""
+    monkeypatch.chdir(tmp_path)

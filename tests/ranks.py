@@ -1,0 +1,132 @@
+"""Real process groups for tests: gloo workers that stay alive from test to test.
+
+Starting Python with torch takes seconds, making a process group milliseconds. So the
+workers are started once in a test session, and each job makes and destroys its own group.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+__all__ = ["RankPool", "rank_pool"]
+
+_GROUP_TIMEOUT = timedelta(seconds=60)
+
+
+def _work(rank: int, connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    # given off by torch itself on CPU-only machines
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    while True:
+        job = connection.recv()
+        if job is None:
+            return
+        function, arguments, world_size, store = job
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=_GROUP_TIMEOUT,
+            )
+            answer: tuple[bool, Any] = (True, function(*arguments))
+        except BaseException as error:  # noqa: BLE001  the test has to see it
+            text = "".join(traceback.format_exception(error))
+            answer = (False, f"rank {rank}:\n{text}")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        try:
+            connection.send(answer)
+        except Exception as error:  # noqa: BLE001  a result that cannot be pickled
+            connection.send((False, f"rank {rank}: cannot send its result: {error!r}"))
+
+
+class RankPool:
+    """Up to four workers."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._jobs = 0
+        atexit.register(self.close)
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
+    ) -> list[Any]:
+        """Call a module-level function on every rank of a new group; return all results."""
+        self._start(world_size)
+        self._jobs += 1
+        store = os.path.join(self._folder.name, f"store-{self._jobs}")
+        for _, connection in self._workers[:world_size]:
+            connection.send((function, arguments, world_size, store))
+        answers = []
+        for rank, (process, connection) in enumerate(self._workers[:world_size]):
+            if not connection.poll(timeout):
+                self.close()
+                pytest.fail(f"rank {rank} of {world_size} did not answer within {timeout} s")
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                code = process.exitcode
+                self.close()
+                pytest.fail(f"rank {rank} of {world_size} died with exit code {code}")
+        failures = [text for good, text in answers if not good]
+        if failures:
+            pytest.fail("\n".join(failures))
+        return [value for _, value in answers]
+
+    def _start(self, count: int) -> None:
+        while len(self._workers) < count:
+            here, there = self._context.Pipe()
+            process = self._context.Process(
+                target=_work, args=(len(self._workers), there), daemon=True
+            )
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def close(self) -> None:
+        """End all workers, by force where they hang."""
+        for _, connection in self._workers:
+            try:
+                connection.send(None)
+            except OSError:
+                continue
+        for process, connection in self._workers:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            connection.close()
+        self._workers = []
+
+
+@contextmanager
+def rank_pool() -> Iterator[RankPool]:
+    """A pool that is closed at the end."""
+    pool = RankPool()
+    try:
+        yield pool
+    finally:
+        pool.close()

@@ -1,0 +1,153 @@
+"""The executor: bounded, first failure first, nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from shardpoint.engine.executor import run_tasks
+
+
+def _threads_named(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_every_task_runs_once(threads: int, count: int) -> None:
+    done: list[int] = []
+    run_tasks((lambda i=i: done.append(i) for i in range(count)), threads=threads, name="t")
+    assert sorted(done) == list(range(count))
+    assert not _threads_named("t_")
+
+
+def test_no_more_than_the_given_number_run_at_once() -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def task() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)
+        with lock:
+            running -= 1
+
+    run_tasks([task] * 30, threads=3, name="bounded")
+    assert most == 3
+
+
+def test_one_thread_or_one_task_runs_in_the_calling_thread() -> None:
+    where: list[threading.Thread] = []
+
+    def task() -> None:
+        where.append(threading.current_thread())
+
+    run_tasks([task, task, task], threads=1, name="inline")
+    run_tasks([task], threads=8, name="inline")
+    assert where == [threading.current_thread()] * 4
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_first_failure_cancels_the_rest_and_keeps_its_traceback(threads: int) -> None:
+    done: list[int] = []
+
+    def failing_step() -> None:
+        raise ZeroDivisionError("the first")
+
+    def task(i: int) -> None:
+        if i == 5:
+            failing_step()
+        time.sleep(0.002)
+        done.append(i)
+
+    tasks = [lambda i=i: task(i) for i in range(1000)]
+    with pytest.raises(ZeroDivisionError, match="the first") as caught:
+        run_tasks(tasks, threads=threads, name="failing")
+    names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert names[-2:] == ["task", "failing_step"]
+    assert len(done) < 20
+    assert not _threads_named("failing")
+
+
+def test_failure_waits_for_the_tasks_that_had_begun() -> None:
+    """A caller may free its buffers once the call is over, so nobody may still use them."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.05)
+        ended.set()
+
+    def failing() -> None:
+        begun.wait(5)
+        raise ValueError("now")
+
+    with pytest.raises(ValueError, match="now"):
+        run_tasks([slow, failing], threads=2, name="waiting")
+    assert ended.is_set()
+
+
+def test_only_the_first_of_several_failures_is_raised() -> None:
+    gate = threading.Event()
+
+    def first() -> None:
+        try:
+            raise ValueError("first")
+        finally:
+            threading.Timer(0.02, gate.set).start()
+
+    def second() -> None:
+        gate.wait(5)
+        raise KeyError("second")
+
+    with pytest.raises(ValueError, match="first"):
+        run_tasks([second, first], threads=2, name="both")
+
+
+def test_failure_of_the_iterable_is_raised() -> None:
+    def tasks() -> Iterator[Callable[[], None]]:
+        for _ in range(10):
+            yield lambda: None
+        raise LookupError("no more")
+
+    for threads in (1, 3):
+        with pytest.raises(LookupError, match="no more"):
+            run_tasks(tasks(), threads=threads, name="iterable")
+    assert not _threads_named("iterable")
+
+
+def test_tasks_are_taken_late() -> None:
+    """A generator of many tasks is never far ahead of what is done."""
+    made, done, ahead = 0, 0, 0
+    lock = threading.Lock()
+
+    def task() -> None:
+        nonlocal done
+        with lock:
+            done += 1
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        nonlocal made, ahead
+        for _ in range(500):
+            made += 1
+            ahead = max(ahead, made - done)
+            yield task
+
+    run_tasks(tasks(), threads=2, name="late")
+    assert done == 500
+    assert ahead <= 4
+
+
+def test_interrupt_in_a_task_ends_the_operation() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([interrupted] + [lambda: None] * 50, threads=3, name="interrupt")
+    assert not _threads_named("interrupt")
