@@ -329,6 +329,8 @@ def _same(one: Any, other: Any) -> bool:
         )
     if isinstance(one, io.BytesIO):
         return isinstance(other, io.BytesIO) and one.getvalue() == other.getvalue()
+    if isinstance(one, float) and isinstance(other, float):
+        return one.hex() == other.hex()  # nan too
     return type(one) is type(other) and bool(one == other)
 
 

@@ -11,15 +11,14 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
-__all__ = ["RankPool", "rank_pool"]
+__all__ = ["RankPool"]
 
 _GROUP_TIMEOUT = timedelta(seconds=60)
 
@@ -120,13 +119,3 @@ class RankPool:
                 process.join()
             connection.close()
         self._workers = []
-
-
-@contextmanager
-def rank_pool() -> Iterator[RankPool]:
-    """A pool that is closed at the end."""
-    pool = RankPool()
-    try:
-        yield pool
-    finally:
-        pool.close()

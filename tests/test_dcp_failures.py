@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 import shardpoint.dcp as dcp
 from dcp_states import blank, build, differences
-from ranks import RankPool, rank_pool
+from ranks import RankPool
 from shardpoint.storage.local import LocalStorage
 
 WORLD_SIZE = 4
@@ -22,12 +21,6 @@ SECONDS = 10
 
 class Stumble(Exception):
     """What the failing rank raises."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with rank_pool() as started:
-        yield started
 
 
 # the step's name in the error, what is patched, whether only the coordinator comes there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, init_
 import shardpoint.dcp as dcp
 from dcp_states import differences
 from fixture_support import Fixture, decode_object, public_fixtures
-from ranks import RankPool, rank_pool
+from ranks import RankPool
 from shardpoint.dcp._layouts import dtensor_box
 from shardpoint.dcp._tensors import wrap
 from shardpoint.dtypes import dtype_named
@@ -24,12 +23,6 @@ from shardpoint.tree import unflatten
 PLACES = [(fixture, place) for fixture in public_fixtures() for place in fixture.places]
 PLACE_NAMES = [f"{fixture}-{place.name}" for fixture, place in PLACES]
 SHARED = [fixture for fixture in public_fixtures() if fixture.world_size > 1]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with rank_pool() as started:
-        yield started
 
 
 def _torch(array: np.ndarray, dtype: str) -> torch.Tensor:

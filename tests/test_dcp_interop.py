@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,9 @@ import torch.distributed.checkpoint as torch_dcp
 
 import shardpoint.dcp as dcp
 from dcp_states import KINDS, blank, build, differences
-from ranks import RankPool, rank_pool
+from ranks import RankPool
 
 PACKAGES = {"torch": torch_dcp, "shardpoint": dcp}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with rank_pool() as started:
-        yield started
 
 
 def _save_and_load(kind: str, folder: str, saver: str, loader: str) -> list[str]:

@@ -133,13 +133,13 @@ def test_regions_are_those_of_numpy(tmp_path_factory: pytest.TempPathFactory, da
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_large_regions_into_any_memory(tmp_path: Path, order: tuple[int, ...]) -> None:
     """Pieces, blocks and buffers: larger than each of them."""
-    array = _numbers((48, 1024, 200), "float32")
+    array = _numbers((24, 1024, 200), "float32")
     storage = LocalStorage(tmp_path)
-    index = save(storage, {"x": array}, grid("x", array.shape, [[17], [], [60]], order=order))
+    index = save(storage, {"x": array}, grid("x", array.shape, [[9], [], [60]], order=order))
     regions = [
-        ((0, 0, 0), (48, 1024, 200)),
-        ((5, 100, 20), (30, 900, 100)),
-        ((0, 0, 7), (48, 1024, 2)),
+        ((0, 0, 0), (24, 1024, 200)),
+        ((5, 100, 20), (15, 900, 100)),
+        ((0, 0, 7), (24, 1024, 2)),
     ]
     for offsets, sizes in regions:
         box = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
@@ -233,7 +233,7 @@ def _flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (300, 700), (3000, 7000)])
+@pytest.mark.parametrize("shape", [(5, 7), (300, 700), (1500, 3000)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_changed_bytes_are_found_and_named(
     tmp_path: Path, shape: tuple[int, int], strided: bool
@@ -268,7 +268,7 @@ def test_record_of_another_tensor_is_refused_before_any_sink_is_touched(tmp_path
     swapped = index.chunks.record_offset[[1, 0, 2]]
     index = with_chunk_column(index, "record_offset", swapped)
     reads = [request(index, key) for key in arrays]
-    with pytest.raises(FormatError, match=r"(?s)key 'a'.*file 'f'.*wanted.*found") as caught:
+    with pytest.raises(FormatError, match=r"key '[ab]', file 'f'.*wanted.*found") as caught:
         read_tensors(index, storage, reads, threads=1, verify=True)
     assert "[200, 300]" in str(caught.value)
     assert "[300, 200]" in str(caught.value)
@@ -435,16 +435,19 @@ def _flagged(index: Any, array: Array, flags: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("flags", [CONJUGATE, NEGATIVE, CONJUGATE | NEGATIVE])
+_REAL = ["float16", "bfloat16", "float32", "float64", "int32"]
+_FLAGGED = [(dtype, NEGATIVE) for dtype in _REAL] + [
+    (dtype, flags)
+    for dtype in ("complex64", "complex128")
+    for flags in (CONJUGATE, NEGATIVE, CONJUGATE | NEGATIVE)
+]
+
+
+@pytest.mark.parametrize(("dtype", "flags"), _FLAGGED)
 @pytest.mark.parametrize("shape", [(6, 5), (300, 301)])
-@pytest.mark.parametrize(
-    "dtype", ["complex64", "complex128", "float16", "bfloat16", "float32", "float64", "int32"]
-)
 def test_lazy_conjugate_and_negative_are_applied(
     tmp_path: Path, dtype: str, shape: tuple[int, int], flags: int
 ) -> None:
-    if flags & CONJUGATE and not dtype.startswith("complex"):
-        pytest.skip("only complex numbers have a conjugate")
     numpy_dtype = next(d for d in BY_CODE if d.name == dtype).numpy
     array = (np.arange(np.prod(shape)) % 50 - 20).astype(numpy_dtype).reshape(shape)
     if dtype.startswith("complex"):

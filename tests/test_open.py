@@ -213,6 +213,7 @@ def test_slices_across_chunks(case: str) -> None:
         ((slice("a", None),), "slice indices"),
         ((slice(None, None, 0),), "zero"),
         (([0, 1],), "list selects nothing"),
+        ([0, 1], "list selects nothing"),
         (1.0, "float selects nothing"),
     ],
 )
@@ -227,6 +228,14 @@ def test_arrays_are_the_callers_own() -> None:
     first = checkpoint["dtypes.float32"]
     first[...] = 0
     assert_same_array(checkpoint["dtypes.float32"], plain().tensors["dtypes.float32"])
+
+
+@pytest.mark.parametrize("name", ["full.pt", "full_legacy.pt"])
+def test_objects_of_a_torch_save_file_are_the_callers_own(name: str) -> None:
+    checkpoint = shardpoint.open(PUBLIC / "2.13.0" / "torch_save_w1" / "ckpt" / name)
+    key = "optim.param_groups.0.params"
+    checkpoint[key].append("changed")
+    assert checkpoint[key] == [0, 1, 2, 3]
 
 
 def test_objects_have_no_slices() -> None:

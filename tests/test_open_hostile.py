@@ -14,9 +14,7 @@ import pytest
 
 import shardpoint
 from fixture_support import (
-    HOSTILE as HOSTILE_FOLDER,
-)
-from fixture_support import (
+    HOSTILE,
     HostileFixture,
     assert_same_array,
     assert_same_object,
@@ -26,14 +24,14 @@ from fixture_support import (
 from shardpoint import ShardpointError, UnsafePathError
 from shardpoint.formats.object_decoder import DeviceValue, DTypeValue, TensorSize
 
-HOSTILE = hostile_fixtures()
-AT_OPEN = [f for f in HOSTILE if f.expectation["stage"] == "open"]
-AT_READ = [f for f in HOSTILE if f.expectation["stage"] == "read"]
-AT_UNFLATTEN = [f for f in HOSTILE if f.expectation["stage"] == "unflatten"]
+TAMPERED = hostile_fixtures()
+AT_OPEN = [f for f in TAMPERED if f.expectation["stage"] == "open"]
+AT_READ = [f for f in TAMPERED if f.expectation["stage"] == "read"]
+AT_UNFLATTEN = [f for f in TAMPERED if f.expectation["stage"] == "unflatten"]
 
 
 def test_every_fixture_is_tested() -> None:
-    assert len(AT_OPEN) + len(AT_READ) + len(AT_UNFLATTEN) == len(HOSTILE) == 60
+    assert len(AT_OPEN) + len(AT_READ) + len(AT_UNFLATTEN) == len(TAMPERED) == 60
 
 
 def assert_nothing_ran(fixture: HostileFixture) -> None:
@@ -126,15 +124,15 @@ def test_verify_finds_it(fixture: HostileFixture) -> None:
     except ShardpointError:
         return  # refused when opened, which the test above looks at
     assert report.problems
-    assert all(problem.key is not None or problem.file for problem in report.problems)
+    assert all(problem.key is not None or problem.file is not None for problem in report.problems)
 
 
 def test_links_that_lead_outside_are_not_followed(tmp_path: Path) -> None:
     """The fixture holds the link's text: links do not survive every way of copying."""
-    fixture = next(f for f in HOSTILE if f.name == "path_symlink")
+    fixture = next(f for f in TAMPERED if f.name == "path_symlink")
     place = tmp_path / "deep" / "ckpt"
     shutil.copytree(fixture.checkpoint, place)
-    shutil.copy(HOSTILE_FOLDER / "outside.distcp", tmp_path)
+    shutil.copy(HOSTILE / "outside.distcp", tmp_path)
     data = place / "__0_0.distcp"
     link = data.read_text()
     data.unlink()
@@ -142,7 +140,7 @@ def test_links_that_lead_outside_are_not_followed(tmp_path: Path) -> None:
     assert data.resolve() == (tmp_path / "outside.distcp").resolve()
     checkpoint = shardpoint.open(place)
     for key in fixture.expectation["keys"]:
-        with pytest.raises(UnsafePathError, match="__0_0.distcp"):
+        with pytest.raises(UnsafePathError, match=r"__0_0\.distcp"):
             checkpoint[key]
     assert_as_in_the_base(fixture, "ema", checkpoint["ema"])
 

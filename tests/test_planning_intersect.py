@@ -171,6 +171,21 @@ def test_closed_groups_stop_coming() -> None:
     assert pairs.sum() < 200_000  # of nine million
 
 
+@pytest.mark.parametrize("block", [1, 3, 7, 64])
+def test_groups_after_closed_ones_lose_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sweep, "_BLOCK", block)
+    crowd = [(0, 0, 9)] * 20
+    last = [(group, start, start + 2) for group in range(1, 9) for start in (0, 1)]
+    rows = np.array([*crowd, *last], np.int64)
+    boxes = Boxes(rows[:, 0], rows[:, 1:2], rows[:, 2:3])
+    closed = np.zeros(9, np.bool_)
+    pairs = []
+    for a, b in overlapping_pairs(boxes, None, closed=closed):
+        pairs += list(zip(a.tolist(), b.tolist(), strict=True))
+        closed[boxes.group[a]] = True
+    assert [pair for pair in pairs if pair[0] >= 20] == [(20 + 2 * i, 21 + 2 * i) for i in range(8)]
+
+
 def test_intersect_refuses_negative_and_overflowing_boxes() -> None:
     good = (np.zeros(1, np.int64), np.array([[0]]), np.array([[1]]))
     for offset, size in ((-1, 2), (1, -2), (2**62, 2**62)):

@@ -189,6 +189,23 @@ def test_large_gap_is_counted_without_allocating() -> None:
     assert f"[0:{1 << 30}, {(1 << 30) - 1}:{1 << 30}]" in message
 
 
+@pytest.mark.parametrize(
+    ("boxes", "count", "gap"),
+    [
+        ([((0, 0), (2, 4)), ((2, 0), (2, 3))], 2, "[2:4, 3:4]"),
+        ([((0, 0), (2, 4)), ((2, 1), (2, 3))], 2, "[2:4, 0:1]"),
+        ([((0, 0), (1, 3)), ((1, 0), (3, 4))], 1, "[0:1, 3:4]"),
+        ([((0, 0), (1, 4)), ((2, 0), (2, 4))], 4, "[1:2, 0:4]"),
+        ([((0, 0), (4, 1)), ((0, 2), (4, 2))], 4, "[0:4, 1:2]"),
+        ([((0, 0), (3, 3)), ((2, 2), (2, 2))], 4, "[0:2, 3:4]"),
+    ],
+)
+def test_gap_is_named(boxes: list[Box], count: int, gap: str) -> None:
+    message = problems_of((4, 4), boxes)[-1].message
+    assert f"covers {count} of 16 elements" in message
+    assert message.endswith(f"those at {gap}")
+
+
 def test_bounded_number_of_overlaps_is_named() -> None:
     problems = problems_of((4,), [((0,), (4,))] * 2000)
     assert len(problems) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import doctest
 import types
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixture_support import public_fixtures
+from shardpoint import tree
 from shardpoint.errors import FormatError, LimitExceededError, PlanError
 from shardpoint.tree import MAX_DEPTH, MAX_HOLES, flatten, unflatten
 
@@ -286,6 +288,12 @@ def test_huge_positions_are_refused_without_allocating() -> None:
 def test_paths_that_form_no_tree_are_refused(paths: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         unflatten(dict.fromkeys(paths, 1), paths)
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    done = doctest.testmod(tree)
+    assert done.attempted > 0
+    assert done.failed == 0
 
 
 def test_a_key_without_a_path_is_refused() -> None:

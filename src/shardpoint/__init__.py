@@ -5,4 +5,51 @@ safetensors write. Training code uses ``shardpoint.dcp``, which needs torch and 
 imported from here.
 """
 
+from shardpoint.checkpoint import Checkpoint, ChunkInfo, ObjectInfo, TensorInfo, open
+from shardpoint.errors import (
+    CheckpointExistsError,
+    CheckpointKeyError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    ForbiddenContentError,
+    FormatError,
+    LimitExceededError,
+    NarrowingWarning,
+    NotSupportedError,
+    PlanError,
+    Problem,
+    RankFailedError,
+    ShardpointError,
+    ShardpointWarning,
+    StorageError,
+    UnsafePathError,
+)
+from shardpoint.verify import VerifyReport
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointExistsError",
+    "CheckpointKeyError",
+    "CheckpointNotFoundError",
+    "ChunkInfo",
+    "CorruptionError",
+    "ForbiddenContentError",
+    "FormatError",
+    "LimitExceededError",
+    "NarrowingWarning",
+    "NotSupportedError",
+    "ObjectInfo",
+    "PlanError",
+    "Problem",
+    "RankFailedError",
+    "ShardpointError",
+    "ShardpointWarning",
+    "StorageError",
+    "TensorInfo",
+    "UnsafePathError",
+    "VerifyReport",
+    "__version__",
+    "open",
+]

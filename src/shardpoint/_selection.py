@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import SupportsIndex, TypeAlias
@@ -13,7 +12,7 @@ from shardpoint.errors import PlanError
 __all__ = ["AxisSelection", "Selected", "Selection", "select"]
 
 AxisSelection: TypeAlias = SupportsIndex | slice | EllipsisType
-Selection: TypeAlias = AxisSelection | Sequence[AxisSelection]
+Selection: TypeAlias = AxisSelection | tuple[AxisSelection, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,7 @@ def select(shape: tuple[int, ...], selection: Selection, *, key: str) -> Selecte
     sizes: list[int] = []
     take: list[int | slice] = []
     for axis, (entry, size) in enumerate(zip(entries, shape, strict=True)):
+        part: int | slice
         if isinstance(entry, slice):
             offset, length, part = _resolve_slice(entry, size, f"key {key!r}, axis {axis}")
         else:
@@ -73,7 +73,8 @@ def _per_axis(
     shape: tuple[int, ...], selection: Selection, key: str
 ) -> list[SupportsIndex | slice]:
     """Return one entry an axis, with the Ellipsis replaced and missing ones filled in."""
-    given = list(selection) if isinstance(selection, tuple | list) else [selection]
+    # A list is refused below: for numpy it would select rows, not one entry an axis.
+    given = selection if isinstance(selection, tuple) else (selection,)
     ellipses = [i for i, entry in enumerate(given) if isinstance(entry, EllipsisType)]
     if len(ellipses) > 1:
         raise PlanError(f"key {key!r}: more than one Ellipsis in the slices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
@@ -325,7 +326,7 @@ class Checkpoint:
 
     def _read_object(self, row: int) -> Any:
         self._check_open()
-        return read_object(
+        value = read_object(
             self._index,
             self._storage,
             row,
@@ -333,6 +334,9 @@ class Checkpoint:
             allowed=self._allowed,
             verify=self._verify,
         )
+        # What came with the index is the index's own: nobody may change it there.
+        held = self._index.objects.keys[row] in self._index.objects.values
+        return copy.deepcopy(value) if held else value
 
     def _paths_under(self, prefix: str) -> dict[str, Path]:
         """Return keys with that prefix and their paths below it."""

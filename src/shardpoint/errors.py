@@ -11,7 +11,7 @@
     │   └── LimitExceededError                            deeper or larger than any real one
     ├── CorruptionError              (ValueError)         bytes are missing or changed
     ├── CheckpointKeyError           (KeyError)           no such key
-    ├── PlanError                    (ValueError)         what is wanted and what is stored do not fit
+    ├── PlanError                    (ValueError)         wanted and stored do not fit together
     ├── NotSupportedError            (NotImplementedError) known, not done
     ├── StorageError                 (OSError)            the store refused
     └── RankFailedError              (RuntimeError)       one or more ranks failed; names them all

@@ -11,7 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from shardpoint.errors import NotSupportedError, PlanError
 
-__all__ = ["Box", "dtensor_box", "find_local", "is_in_mesh", "local_boxes"]
+__all__ = ["Box", "dtensor_box", "find_local", "is_in_mesh", "local_boxes", "shape_and_dtype"]
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""
@@ -47,6 +47,14 @@ def dtensor_box(tensor: DTensor) -> Box:
             f"have a local tensor of shape {tuple(sizes)} here, found {local}"
         )
     return tuple(offsets), local
+
+
+def shape_and_dtype(value: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return a tensor's global shape and element type."""
+    if isinstance(value, ShardedTensor):  # its own attributes warn that it is deprecated
+        metadata = value.metadata()
+        return tuple(metadata.size), metadata.tensor_properties.dtype
+    return tuple(value.shape), value.dtype
 
 
 def local_boxes(value: torch.Tensor) -> list[Box]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shardpoint.dcp._layouts import Box, local_boxes
+from shardpoint.dcp._layouts import Box, local_boxes, shape_and_dtype
 from shardpoint.dcp._read_items import ReadColumns, ReadTable
 from shardpoint.dcp._tensors import is_narrowing, torch_dtype
 from shardpoint.dcp.planner import LoadPlan
@@ -91,11 +91,12 @@ def _check_tensor(
             f"wanted as a {type(value).__name__} object",
             key,
         )
-    if tuple(value.shape) != saved:
-        return Problem(f"saved with shape {saved}, wanted with shape {tuple(value.shape)}", key)
+    shape, wanted_dtype = shape_and_dtype(value)
+    if shape != saved:
+        return Problem(f"saved with shape {saved}, wanted with shape {shape}", key)
     try:
-        if is_narrowing(torch_dtype(dtype), value.dtype):
-            narrowed.append(f"{key!r} from {dtype.name} to {str(value.dtype)[6:]}")
+        if is_narrowing(torch_dtype(dtype), wanted_dtype):
+            narrowed.append(f"{key!r} from {dtype.name} to {str(wanted_dtype)[6:]}")
         return local_boxes(value)
     except (ShardpointError, NotSupportedError) as error:
         return Problem(str(error), key)

@@ -14,7 +14,7 @@ from shardpoint.dcp._tensors import dense_strides, dtype_of, host_memory
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.planner import SavePlanner, WriteItem, WriteItemType
 from shardpoint.engine.writing import ArraySource, RecordSource
-from shardpoint.errors import PlanError
+from shardpoint.errors import NotSupportedError, PlanError
 from shardpoint.formats.torch_record import TensorRecordLayout
 
 __all__ = ["memory_bytes", "record_of", "uses_default_lookup"]
@@ -111,7 +111,11 @@ class _TensorSource:
         array = host_memory(tensor)
         if array is None:
             array = host_memory(tensor.detach().cpu().resolve_conj().resolve_neg())
-        assert array is not None
+        if array is None:
+            raise NotSupportedError(
+                f"key {self._item.index.fqn!r}: a tensor on {tensor.device} cannot be copied to "
+                f"the host"
+            )
         yield from ArraySource(_in_memory_order(array)).blocks(block_size)
 
 

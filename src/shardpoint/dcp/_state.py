@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardpoint.dcp.stateful import Stateful
@@ -64,6 +65,8 @@ def materialize_meta_tensors(nested: Any) -> None:
     else:
         return
     for key, value in entries:
+        if isinstance(value, ShardedTensor):
+            continue  # always has memory; torch warns when one looks at its device
         if isinstance(value, torch.Tensor):
             if value.device.type == "meta":
                 nested[key] = _materialized(value)

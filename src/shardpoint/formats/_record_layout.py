@@ -11,10 +11,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardpoint.dtypes import DType
+from shardpoint.dtypes import BY_NAME, DType
 from shardpoint.errors import PlanError
 from shardpoint.formats._zip_writing import (
+    ALIGNMENT,
     CENTRAL_CRC_AT,
+    CENTRAL_POSITION_AT,
+    CENTRAL_SIZES_AT,
+    DESCRIPTOR_CRC_AT,
+    DESCRIPTOR_SIZES_AT,
+    END_POSITION_AT,
+    END_WIDE_POSITIONS_AT,
     central_entry,
     descriptor,
     descriptor_length,
@@ -31,7 +38,9 @@ _PICKLE = _PREFIX + b"data.pkl"
 _PAYLOAD = _PREFIX + b"data/0"
 _FINGERPRINT = _PREFIX + b".data/serialization_id"
 _FINGERPRINT_LENGTH = 40
-_CRC = struct.Struct("<L")
+_FIELD = struct.Struct("<L")
+_WIDE_FIELD = struct.Struct("<Q")
+_SURELY_SMALL = (1 << 32) - (1 << 20)  # head and tail have far less than 1 MiB
 _BEFORE = (
     (_PREFIX + b".format_version", b"1"),
     (_PREFIX + b".storage_alignment", b"64"),
@@ -79,23 +88,29 @@ class TensorRecordLayout:
         strides: tuple[int, ...] | None = None,
         requires_grad: bool = False,
     ) -> None:
-        pickle, self.payload_length = _tensor_pickle(dtype, shape, strides, requires_grad)
-        self._pickle_crc = crc32(pickle)
-        self._frame = _frame(len(pickle), self.payload_length)
-        self.head = b"".join(
-            (
-                self._frame.before_pickle,
-                pickle,
-                descriptor(0, len(pickle), self._pickle_crc),
-                self._frame.before_payload,
-            )
-        )
+        # The dtype's name, since hashing a DType hashes all that it has.
+        prepared = _prepare(dtype.name, shape, strides, requires_grad)
+        self.head, self.payload_length, self._frame, self._pickle_crc = prepared
         self.tail_length = len(self._frame.tail)
         self.length = len(self.head) + self.payload_length + self.tail_length
 
     def tail(self, crc: int) -> bytes:
         """Return the bytes after a payload of that CRC-32."""
-        return self._frame.fill_tail(self._pickle_crc, crc)
+        return self._frame.fill_tail(self.payload_length, self._pickle_crc, crc)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    dtype_name: str, shape: tuple[int, ...], strides: tuple[int, ...] | None, requires_grad: bool
+) -> tuple[bytes, int, _Frame, int]:
+    """Return head, payload length, frame, and the pickle's CRC-32."""
+    dtype = BY_NAME[dtype_name]
+    pickle, payload_length = _tensor_pickle(dtype, shape, strides, requires_grad)
+    pickle_crc = crc32(pickle)
+    frame = _frame(len(pickle), _representative(payload_length))
+    after_pickle = descriptor(0, len(pickle), pickle_crc)
+    head = b"".join((frame.before_pickle, pickle, after_pickle, frame.before_payload))
+    return head, payload_length, frame, pickle_crc
 
 
 def _tensor_pickle(
@@ -159,65 +174,97 @@ def _tuple(numbers: tuple[int, ...]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The bytes around pickle and payload, the same for all tensors with these two lengths."""
+    """The bytes around pickle and payload, the same for many tensors.
 
+    Made for a payload of `payload_length`; one that is longer by a multiple of the alignment
+    changes nothing but the numbers at `sizes_at` (32 bits) and `positions_at` (struct, place).
+    """
+
+    payload_length: int
     before_pickle: bytes
     before_payload: bytes  # from the end of the pickle's descriptor on
-    tail: bytes  # with zeros in these places:
+    tail: bytes  # with CRC-32 fields and fingerprint zero
+    sizes_at: tuple[int, ...]
+    positions_at: tuple[tuple[struct.Struct, int], ...]
     pickle_crc_at: int
     payload_crcs_at: tuple[int, ...]
     fingerprint_at: int
     fingerprint_crcs_at: tuple[int, int]
 
-    def fill_tail(self, pickle_crc: int, payload_crc: int) -> bytes:
+    def fill_tail(self, payload_length: int, pickle_crc: int, payload_crc: int) -> bytes:
         tail = bytearray(self.tail)
+        longer = payload_length - self.payload_length
+        if longer:
+            for at in self.sizes_at:
+                _FIELD.pack_into(tail, at, payload_length)
+            for form, at in self.positions_at:
+                form.pack_into(tail, at, form.unpack_from(tail, at)[0] + longer)
         fingerprint = b"%020d%020d" % (pickle_crc, payload_crc)
         fingerprint_crc = crc32(fingerprint)
         tail[self.fingerprint_at : self.fingerprint_at + _FINGERPRINT_LENGTH] = fingerprint
-        _CRC.pack_into(tail, self.pickle_crc_at, pickle_crc)
-        for position in self.payload_crcs_at:
-            _CRC.pack_into(tail, position, payload_crc)
-        for position in self.fingerprint_crcs_at:
-            _CRC.pack_into(tail, position, fingerprint_crc)
+        _FIELD.pack_into(tail, self.pickle_crc_at, pickle_crc)
+        for at in self.payload_crcs_at:
+            _FIELD.pack_into(tail, at, payload_crc)
+        for at in self.fingerprint_crcs_at:
+            _FIELD.pack_into(tail, at, fingerprint_crc)
         return bytes(tail)
+
+
+def _representative(payload_length: int) -> int:
+    """Return the shortest payload with the same frame; itself near and past 4 GiB."""
+    if payload_length == 0 or payload_length > _SURELY_SMALL:
+        return payload_length
+    return (payload_length - 1) % ALIGNMENT + 1
 
 
 @functools.lru_cache(maxsize=4096)
 def _frame(pickle_length: int, payload_length: int) -> _Frame:
     first = local_header(_PICKLE, 0, pickle_length)
-    zip_ = _Zip(len(first) + pickle_length + descriptor_length(0, pickle_length))
-    zip_.entries.append(central_entry(_PICKLE, 0, pickle_length, 0))
+    before = _Zip(len(first) + pickle_length + descriptor_length(0, pickle_length))
+    before.entries.append(central_entry(_PICKLE, 0, pickle_length, 0))
     for name, data in _BEFORE:
-        zip_.add(name, data)
-    zip_.begin(_PAYLOAD, payload_length)
-    payload_at = zip_.position - len(zip_.pieces[-1])
-    before_payload = b"".join(zip_.pieces)
-    zip_.pieces.clear()
-    zip_.position += payload_length
-    tail_from = zip_.position
-    payload_crcs = [4] if payload_length else []
-    zip_.close(_PAYLOAD, payload_at, payload_length, 0)
-    zip_.add(*_VERSION)
-    fingerprint_at = zip_.position
-    zip_.begin(_FINGERPRINT, _FINGERPRINT_LENGTH)
-    fingerprint_data_at = zip_.position
-    zip_.write(bytes(_FINGERPRINT_LENGTH))
-    fingerprint_crc_at = zip_.position + 4
-    zip_.close(_FINGERPRINT, fingerprint_at, _FINGERPRINT_LENGTH, 0)
-    crcs = [zip_.position + CENTRAL_CRC_AT]
-    for entry in zip_.entries:
-        crcs.append(crcs[-1] + len(entry))
-    zip_.finish()
+        before.add(name, data)
+    payload_at = before.position
+    before.begin(_PAYLOAD, payload_length)
+
+    after = _Zip(before.position + payload_length)
+    start = after.position
+    after.close(_PAYLOAD, payload_at, payload_length, 0)
+    after.add(*_VERSION)
+    fingerprint_at = after.position
+    after.begin(_FINGERPRINT, _FINGERPRINT_LENGTH)
+    fingerprint_data_at = after.position - start
+    after.write(bytes(_FINGERPRINT_LENGTH))
+    fingerprint_crc_at = after.position - start + DESCRIPTOR_CRC_AT
+    after.close(_FINGERPRINT, fingerprint_at, _FINGERPRINT_LENGTH, 0)
+    after.entries[:0] = before.entries
+    entries_at = [after.position - start]
+    for entry in after.entries:
+        entries_at.append(entries_at[-1] + len(entry))
+    after.finish()
+
+    *_, payload, version, fingerprint, end_at = entries_at
+    sizes_at: tuple[int, ...] = ()
+    payload_crcs_at: tuple[int, ...] = ()
     if payload_length:
-        payload_crcs.append(crcs[1 + len(_BEFORE)] - tail_from)
+        sizes_at = (*DESCRIPTOR_SIZES_AT, *(payload + at for at in CENTRAL_SIZES_AT))
+        payload_crcs_at = (DESCRIPTOR_CRC_AT, payload + CENTRAL_CRC_AT)
     return _Frame(
+        payload_length=payload_length,
         before_pickle=first,
-        before_payload=before_payload,
-        tail=b"".join(zip_.pieces),
-        pickle_crc_at=crcs[0] - tail_from,
-        payload_crcs_at=tuple(payload_crcs),
-        fingerprint_at=fingerprint_data_at - tail_from,
-        fingerprint_crcs_at=(fingerprint_crc_at - tail_from, crcs[-2] - tail_from),
+        before_payload=b"".join(before.pieces),
+        tail=b"".join(after.pieces),
+        sizes_at=sizes_at,
+        positions_at=(
+            (_FIELD, version + CENTRAL_POSITION_AT),
+            (_FIELD, fingerprint + CENTRAL_POSITION_AT),
+            *((_WIDE_FIELD, end_at + at) for at in END_WIDE_POSITIONS_AT),
+            (_FIELD, end_at + END_POSITION_AT),
+        ),
+        pickle_crc_at=entries_at[0] + CENTRAL_CRC_AT,
+        payload_crcs_at=payload_crcs_at,
+        fingerprint_at=fingerprint_data_at,
+        fingerprint_crcs_at=(fingerprint_crc_at, fingerprint + CENTRAL_CRC_AT),
     )
 
 

@@ -71,7 +71,7 @@ class Window:
     @property
     def source(self) -> str:
         """The record's place, for messages of others."""
-        return str(Problem("data.pkl", key=self._key, file=self._file, offset=self.offset))
+        return str(Problem("its pickle", key=self._key, file=self._file, offset=self.offset))
 
     def fetch(self, position: int, length: int) -> None:
         """Read a piece now, cut to the record, so that later reads inside it cost nothing."""

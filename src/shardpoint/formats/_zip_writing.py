@@ -18,6 +18,12 @@ import struct
 __all__ = [
     "ALIGNMENT",
     "CENTRAL_CRC_AT",
+    "CENTRAL_POSITION_AT",
+    "CENTRAL_SIZES_AT",
+    "DESCRIPTOR_CRC_AT",
+    "DESCRIPTOR_SIZES_AT",
+    "END_POSITION_AT",
+    "END_WIDE_POSITIONS_AT",
     "central_entry",
     "descriptor",
     "descriptor_length",
@@ -28,8 +34,17 @@ __all__ = [
 ALIGNMENT = 64
 """Data of members begin at multiples of this, counted from the start of the zip."""
 
+# Places of fields, for those who fill them in later. Those of sizes and positions hold for
+# members that neither have 4 GiB nor begin past them.
+DESCRIPTOR_CRC_AT = 4
+DESCRIPTOR_SIZES_AT = (8, 12)
 CENTRAL_CRC_AT = 16
-"""Where a central entry has its CRC-32."""
+CENTRAL_SIZES_AT = (20, 24)
+CENTRAL_POSITION_AT = 42
+END_WIDE_POSITIONS_AT = (48, 64)
+"""In `end`: 64-bit positions of the directory and of the zip64 end record."""
+END_POSITION_AT = 92
+"""In `end`: the 32-bit position of the directory."""
 
 _FULL32 = 0xFFFFFFFF
 _FULL16 = 0xFFFF

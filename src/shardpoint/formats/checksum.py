@@ -6,14 +6,14 @@ and lets other threads run meanwhile.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from zlib_ng import zlib_ng
 
 __all__ = ["BytesLike", "crc32"]
 
-BytesLike: TypeAlias = "bytes | bytearray | memoryview | Any"
-"""Anything C-contiguous that has the buffer protocol."""
+BytesLike: TypeAlias = "bytes | bytearray | memoryview"
+"""Bytes in one piece."""
 
 
 def crc32(data: BytesLike, value: int = 0) -> int:

@@ -36,7 +36,7 @@ from shardpoint.region import BoolArray, Int64Array
 
 __all__ = ["Boxes", "overlapping_pairs"]
 
-_CHEAP = 16  # pairs to look at for each box before cutting pays
+_CHEAP = 24  # pairs to look at for each box before cutting pays
 _ROUNDS = 6
 _GROWTH = 2  # a cut may at most double the boxes of a node
 _KEY_LIMIT = 2**62
@@ -273,7 +273,6 @@ def _cut_along(
     slab = np.arange(len(parent)) - np.repeat(np.cumsum(slabs) - slabs, slabs)
     begin = np.searchsorted(ordered, parent * column.span)
     borders = ordered[begin + slab * size[parent] // pieces[parent]]
-    borders[slab == 0] = parent[slab == 0] * column.span
 
     grown = np.zeros(len(size), np.int64)
     touched = []

@@ -123,17 +123,19 @@ def matching_pairs(
     boxes, partners = found.boxes, found.partners
     for box_at, partner_at in _blocks(found, group, closed):
         box, partner = boxes.row[box_at], partners.row[partner_at]
+        for number, column in enumerate(columns):
+            if number != axis:
+                keep = column.starts[boxes.which][box] < column.ends[partners.which][partner]
+                keep &= column.starts[partners.which][partner] < column.ends[boxes.which][box]
+                box_at, box, partner = box_at[keep], box[keep], partner[keep]
         keep = np.ones(len(box), np.bool_)
         for number, column in enumerate(columns):
             box_start = column.starts[boxes.which][box]
             partner_start = column.starts[partners.which][partner]
-            if number != axis:
-                keep &= box_start < column.ends[partners.which][partner]
-                keep &= partner_start < column.ends[boxes.which][box]
-            elif mutual:
-                keep &= (box_start != partner_start) | (box < partner)
             lowest = low[boxes.node[box_at], number]
             keep &= np.maximum(box_start, partner_start) >= lowest
+            if mutual and number == axis:
+                keep &= (box_start != partner_start) | (box < partner)
         box, partner = box[keep], partner[keep]
         if mutual:
             yield np.minimum(box, partner), np.maximum(box, partner)

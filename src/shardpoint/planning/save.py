@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from shardpoint.planning.balance import choose_owners
-from shardpoint.planning.validate import find_problems
 
 from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import PlanError, Problem
 from shardpoint.index import NO_FILE, CheckpointIndex, Chunks, Container, Objects, Tensors
+from shardpoint.planning.balance import choose_owners
+from shardpoint.planning.validate import find_problems
 
 __all__ = [
     "OBJECT",

@@ -1,0 +1,192 @@
+"""Opening: what lies at a place is found out, and every kind reads to the expected values."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine_support import request, sink_of
+from fixture_support import PUBLIC, Fixture, assert_same_array, public_fixtures
+from shardpoint.engine.opening import open_index
+from shardpoint.engine.reading import read_object, read_tensors
+from shardpoint.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    LimitExceededError,
+    NotSupportedError,
+    PlanError,
+    ShardpointError,
+    UnsafePathError,
+)
+from shardpoint.formats.object_decoder import NumpyFactory
+from shardpoint.index import CheckpointIndex, Container
+from shardpoint.storage import LocalStorage, Storage
+from shardpoint.storage.testing import CountingStorage
+
+PLACES = [(f, place) for f in public_fixtures() for place in f.places]
+BY_NAME = {fixture.name: fixture for fixture in public_fixtures()}
+
+
+def _objects(index: CheckpointIndex, storage: Storage) -> dict[str, object]:
+    return {
+        key: read_object(index, storage, row, factory=NumpyFactory(), allowed={}, verify=True)
+        for row, key in enumerate(index.objects.keys)
+    }
+
+
+@pytest.mark.parametrize(("fixture", "place"), PLACES, ids=lambda value: str(value)[-60:])
+def test_every_tensor_of_every_release_reads_as_saved(fixture: Fixture, place: Path) -> None:
+    index, storage = open_index(place)
+    assert set(index.tensors.keys) == set(fixture.tensors)
+    reads = {key: request(index, key) for key in index.tensors.keys}
+    read_tensors(index, storage, list(reads.values()), threads=2, verify=True)
+    for key, wanted in fixture.tensors.items():
+        assert_same_array(sink_of(reads[key]).array, wanted, key)
+        assert sink_of(reads[key]).commits == 1
+    assert set(_objects(index, storage)) == set(fixture.objects)
+
+
+def test_the_kind_is_found_out() -> None:
+    sources = {
+        "2.13.0/async_w2": "dcp",
+        "2.11.0/no_collectives_w2": "dcp-per-rank",
+        "2.13.0/hf_dist_w2": "huggingface",
+    }
+    for name, source in sources.items():
+        assert open_index(BY_NAME[name].checkpoint)[0].source == source
+    file = BY_NAME["2.13.0/torch_save_w1"].checkpoint / "full.pt"
+    assert open_index(file)[0].source == "torch"
+    assert open_index(LocalStorage(BY_NAME["2.13.0/async_w2"].checkpoint))[0].source == "dcp"
+    assert open_index(BY_NAME["2.13.0/async_w2"].checkpoint / ".metadata")[0].source == "dcp"
+    assert open_index(f"file://{file}")[0].source == "torch"
+
+
+@pytest.mark.parametrize("fixture", public_fixtures(), ids=str)
+def test_only_safetensors_images_are_taken_for_such(fixture: Fixture) -> None:
+    if fixture.expected["format"] == "torch":
+        return
+    storage = CountingStorage(LocalStorage(fixture.checkpoint))
+    index, _ = open_index(storage)
+    images = index.chunks.container == Container.SAFETENSORS_IMAGE
+    if fixture.expected["format"] == "fs-safetensors":
+        assert images.all()
+    else:
+        assert not images.any()
+    if fixture.expected["format"] == "fs":
+        opened = {o.name for o in storage.operations if o.kind == "open"}
+        assert opened == set(index.metadata_files), "no data file is looked into"
+
+
+def test_nothing_there_tells_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="absent"):
+        open_index(tmp_path / "absent")
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_index(tmp_path)
+    for looked_for in (str(tmp_path), ".metadata", "__<rank>.metadata", "safetensors", ".pt"):
+        assert looked_for in str(caught.value)
+    for text in ("", "a\0b"):
+        with pytest.raises(CheckpointNotFoundError):
+            open_index(text)
+    with pytest.raises(NotSupportedError, match="s3://"):
+        open_index("s3://bucket/step-1")
+
+
+def test_one_torch_save_file_is_enough_and_two_are_too_many(tmp_path: Path) -> None:
+    source = BY_NAME["2.13.0/torch_save_w1"].checkpoint
+    shutil.copy(source / "full.pt", tmp_path / "model.pt")
+    assert open_index(tmp_path)[0].source == "torch"
+    shutil.copy(source / "full.pt", tmp_path / "other.pt")
+    with pytest.raises(CheckpointNotFoundError, match=r"model\.pt, other\.pt"):
+        open_index(tmp_path)
+
+
+def test_other_files_are_refused_with_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    with pytest.raises(ShardpointError, match=r"notes\.txt"):
+        open_index(tmp_path / "notes.txt")
+
+
+def test_a_link_given_by_the_caller_is_followed_but_not_one_inside(tmp_path: Path) -> None:
+    source = BY_NAME["2.13.0/async_w2"].checkpoint
+    (tmp_path / "link").symlink_to(source)
+    assert open_index(tmp_path / "link")[0].source == "dcp"
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    os.symlink(source / ".metadata", inside / ".metadata")
+    with pytest.raises(UnsafePathError):
+        open_index(inside)
+
+
+def test_an_image_that_is_cut_is_named(tmp_path: Path) -> None:
+    place = tmp_path / "ckpt"
+    shutil.copytree(BY_NAME["2.13.0/safetensors_fmt_w2"].checkpoint, place)
+    file = place / "__1_0.distcp"
+    os.chmod(file, 0o644)
+    file.write_bytes(file.read_bytes()[:-5])
+    index, storage = open_index(place)
+    with pytest.raises(ShardpointError, match="__1_0"):
+        read_tensors(index, storage, [request(index, "norm")], threads=1, verify=True)
+
+
+@pytest.mark.parametrize("release", ["2.11.0", "2.15.0"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_own_rank_comes_first_where_ranks_saved_alone(release: str, rank: int) -> None:
+    fixture = BY_NAME[f"{release}/no_collectives_w2"]
+    own = fixture.expected["per_rank"][f"__{rank}.metadata"]
+    index, storage = open_index(fixture.checkpoint, prefer_rank=rank)
+    places = set()
+    for chunk in range(len(index.chunks)):
+        row = int(index.chunks.tensor[chunk])
+        axes = int(index.tensors.ndim[row])
+        places.add(
+            (
+                index.tensors.keys[row],
+                tuple(index.chunks.offsets[chunk, :axes].tolist()),
+                index.files[index.chunks.file[chunk]],
+                int(index.chunks.record_offset[chunk]),
+                int(index.chunks.record_length[chunk]),
+            )
+        )
+    for key, chunks in own["tensors"].items():
+        for chunk in chunks:
+            assert (key, tuple(chunk["offsets"]), *chunk["storage"].values()) in places
+    for row, key in enumerate(index.objects.keys):
+        if key in own["objects"]:
+            assert own["objects"][key] == {
+                "relative_path": index.files[index.objects.file[row]],
+                "offset": index.objects.record_offset[row],
+                "length": index.objects.record_length[row],
+            }
+    reads = {key: request(index, key) for key in index.tensors.keys}
+    read_tensors(index, storage, list(reads.values()), threads=1, verify=True)
+    assert set(_objects(index, storage)) == set(fixture.objects)
+
+
+def test_objects_that_are_not_where_the_metadata_says(tmp_path: Path) -> None:
+    place = tmp_path / "ckpt"
+    shutil.copytree(BY_NAME["2.13.0/async_w2"].checkpoint, place)
+    index, storage = open_index(place)
+    key = index.objects.keys[0]
+    for column, value in (("record_offset", 1 << 40), ("record_length", -3), ("file", -1)):
+        index, storage = open_index(place)
+        getattr(index.objects, column)[0] = value
+        with pytest.raises(CorruptionError, match=repr(key)):
+            read_object(index, storage, 0, factory=NumpyFactory(), allowed={}, verify=True)
+    index, storage = open_index(place)
+    with pytest.raises(PlanError):
+        read_object(index, storage, 999, factory=NumpyFactory(), allowed={}, verify=True)
+    (place / index.files[int(index.objects.file[0])]).unlink()
+    with pytest.raises(CorruptionError, match=repr(key)):
+        read_object(index, storage, 0, factory=NumpyFactory(), allowed={}, verify=True)
+
+
+def test_compressed_chunks_that_decode_to_too_much_are_refused() -> None:
+    hostile = PUBLIC.parent / "hostile" / "zstd_bomb" / "ckpt"
+    index, storage = open_index(hostile)
+    read = request(index, "zeros")
+    with pytest.raises(LimitExceededError, match="zeros"):
+        read_tensors(index, storage, [read], threads=1, verify=True)
+    assert sink_of(read).asked == 0
