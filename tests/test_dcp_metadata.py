@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import pathlib
@@ -547,6 +548,44 @@ def test_paths_are_written_as_paths() -> None:
     stored = pickle.loads(write_metadata(index)).storage_meta.checkpoint_id
     assert stored == pathlib.Path("runs/a/b")
     assert isinstance(stored, pathlib.Path)
+
+
+def large_index() -> CheckpointIndex:
+    count = 9_000
+    tensors = [
+        TensorEntry(
+            f"layers.{i}.weight",
+            BY_NAME["bfloat16"],
+            (8 * 64, 32),
+            [
+                ChunkEntry((r * 64, 0), (64, 32), f"__{r}_0.distcp", i * 5000, 4997)
+                for r in range(8)
+            ],
+        )
+        for i in range(count // 8)
+    ]
+    return build_index(
+        tensors,
+        [],
+        key_order=[t.key for t in tensors],
+        paths=None,
+        storage_meta=None,
+        version="1.0.0",
+        source="dcp",
+        metadata_files=[".metadata"],
+    )
+
+
+def test_large_index_survives_and_garbage_is_collected_again() -> None:
+    index = large_index()
+    data = write_metadata(index)
+    assert len(data) > 1 << 20
+    assert gc.isenabled()
+    assert as_plain(read_metadata(data, file=".metadata")) == as_plain(index)
+    assert gc.isenabled()
+    with pytest.raises(FormatError):
+        read_metadata(data[:-1] + b"\xfe", file=".metadata")
+    assert gc.isenabled()
 
 
 def test_raw_chunks_cannot_be_written() -> None:

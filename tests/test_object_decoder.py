@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import enum
 import io
@@ -88,7 +89,9 @@ def pickle_of(record: bytes) -> bytes:
     return zipfile.ZipFile(io.BytesIO(record)).read("archive/data.pkl")
 
 
-WITH_OBJECTS = [f for f in public_fixtures() if f.is_dcp and f.objects and "zstd" not in f.case]
+# zipfile cannot read records whose checksums are left out; other tests read those.
+ZIPPED = [f for f in public_fixtures() if f.is_dcp and f.case not in ("zstd_w2", "crc_off_w1")]
+WITH_OBJECTS = [f for f in ZIPPED if f.objects]
 
 
 @pytest.mark.parametrize("fixture", WITH_OBJECTS, ids=str)
@@ -97,18 +100,15 @@ def test_every_object_of_every_release(fixture: Fixture) -> None:
         place = entry["storage"]
         content = (fixture.checkpoint / place["relative_path"]).read_bytes()
         record = content[place["offset"] : place["offset"] + place["length"]]
-        assert_same_object(decode_record(record), decode_expected(entry["value"]), key)
+        wanted = decode_expected(entry["value"], size=TensorSize, dtype=DTypeValue)
+        assert_same_object(decode_record(record), wanted, key)
 
 
-@pytest.mark.parametrize(
-    "fixture", [f for f in public_fixtures() if f.expected["format"] == "fs"], ids=str
-)
+@pytest.mark.parametrize("fixture", [f for f in ZIPPED if f.expected["format"] == "fs"], ids=str)
 def test_every_tensor_record_is_described(fixture: Fixture) -> None:
     for key, entry in fixture.expected["tensors"].items():
         for chunk in entry["chunks"]:
             place = chunk["storage"]
-            if "transform_descriptors" in place:
-                continue
             content = (fixture.checkpoint / place["relative_path"]).read_bytes()
             record = content[place["offset"] : place["offset"] + place["length"]]
             description = read_tensor_description(pickle_of(record), source=key)
@@ -586,12 +586,9 @@ _GOOD = [
     )
 )
 def test_damaged_pickles_give_a_value_or_our_own_error(data: bytes) -> None:
-    try:
-        decode(data, STORAGE)
-    except ShardpointError as error:
-        assert "key 'k'" in str(error)
-    except KeyError as error:
-        assert error.args[0] not in STORAGE  # the storage that these tests do not have
+    storages = collections.defaultdict(bytes, STORAGE)
+    with contextlib.suppress(ShardpointError):
+        decode(data, storages)
 
 
 def test_module_never_imports_torch() -> None:

@@ -82,6 +82,11 @@ def test_bytes_that_are_not_replicated_count() -> None:
     assert kept(rows) == {(0, 0, 90), (1, 1, 10), (2, 1, 50), (3, 1, 20)}
 
 
+def test_largest_pieces_are_given_out_first() -> None:
+    rows = [(group, rank, n) for group, n in enumerate([1, 1, 2]) for rank in (0, 1)]
+    assert loads(kept(rows))[:2] == [2, 2]
+
+
 def test_equal_loads_go_to_the_lowest_rank() -> None:
     assert kept([(7, 3, 8), (7, 1, 8), (7, 2, 8)]) == {(7, 1, 8)}
 

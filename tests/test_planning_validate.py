@@ -159,6 +159,10 @@ def test_chunk_outside_its_tensor_is_named(box: Box) -> None:
     assert f"{box[0][0]}:{box[0][0] + box[1][0]}" in problems[0].message
 
 
+def test_tensor_with_a_chunk_outside_is_not_searched_for_gaps() -> None:
+    assert len(problems_of((4,), [((3,), (2,))])) == 1
+
+
 def test_padding_is_not_shown() -> None:
     index = index_of(
         {"deep": ((1, 1, 1), [((0, 0, 0), (1, 1, 1))]), "flat": ((4,), [((3,), (2,))])}

@@ -77,7 +77,7 @@ def contains(shape: Int64Array, offsets: Int64Array, sizes: Int64Array) -> BoolA
         ``int64[n, D]``: for each box the shape of its tensor, not negative.
     """
     well_formed = (offsets >= 0) & (sizes >= 0)
-    inside = (offsets <= shape) & (sizes <= shape - np.maximum(offsets, 0))
+    inside = (offsets <= shape) & (sizes <= shape - offsets)  # wraps only if not well formed
     result: BoolArray = np.all(well_formed & inside, axis=1)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from shardpoint.dcp._tensors import dtype_of_array, wrap
 from shardpoint.dtypes import DType
-from shardpoint.engine.objects import read_object_record
+from shardpoint.engine.objects import read_object_records
 from shardpoint.formats.object_decoder import (
     DeviceValue,
     DTypeValue,
@@ -27,7 +27,7 @@ from shardpoint.formats.torch_record import object_record, read_object_pickle
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage.base import Storage
 
-__all__ = ["TorchFactory", "object_stream", "read_object", "write_object"]
+__all__ = ["TorchFactory", "object_streams", "read_object", "write_object"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _MOST_PLAIN_DEPTH = 8
@@ -77,15 +77,20 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
     )
 
 
-def object_stream(index: CheckpointIndex, storage: Storage, row: int) -> io.BytesIO:
-    """Return the record of a stored object, as planners expect it.
+def object_streams(
+    index: CheckpointIndex, storage: Storage, rows: Sequence[int]
+) -> Iterator[tuple[int, io.BytesIO]]:
+    """Yield rows of objects with their records, as planners expect them.
 
     An object that the container's own header gave (a ``torch.save`` file's) is made into one.
     """
-    key = index.objects.keys[row]
-    if key in index.objects.values:
-        return write_object(_to_torch(index.objects.values[key]))
-    return io.BytesIO(read_object_record(index, storage, row))
+    values, keys = index.objects.values, index.objects.keys
+    given = [row for row in rows if keys[row] in values]
+    for row in given:
+        yield row, write_object(_to_torch(values[keys[row]]))
+    stored = [row for row in rows if keys[row] not in values]
+    for row, record in read_object_records(index, storage, stored):
+        yield row, io.BytesIO(record)
 
 
 def _to_torch(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from shardpoint.dcp.stateful import Stateful
 from shardpoint.errors import PlanError
 from shardpoint.tree import Path, Rules, flatten
 
-__all__ = ["call_state_dict", "flatten_state", "materialize_meta_tensors", "set_at"]
+__all__ = ["call_state_dict", "flatten_state", "is_stateful", "materialize_meta_tensors", "set_at"]
+
+_NEVER_STATEFUL = (torch.Tensor, int, float, str, bytes, dict, list, tuple, type(None))
 
 
 def flatten_state(
@@ -27,9 +29,14 @@ def flatten_state(
 def call_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a shallow copy in which every `Stateful` is replaced by its state."""
     return {
-        key: value.state_dict() if isinstance(value, Stateful) else value
+        key: value.state_dict() if is_stateful(value) else value
         for key, value in state_dict.items()
     }
+
+
+def is_stateful(value: Any) -> TypeGuard[Stateful]:
+    """Whether a value is a `Stateful`; tensors and numbers, by the thousands, never are."""
+    return not isinstance(value, _NEVER_STATEFUL) and isinstance(value, Stateful)
 
 
 def set_at(nested: Any, path: Sequence[str | int], value: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from torch.futures import Future
 
 from shardpoint.dcp._metadata_view import index_of, metadata_of
-from shardpoint.dcp._objects import object_stream
+from shardpoint.dcp._objects import object_streams
 from shardpoint.dcp._reading import requests_for
 from shardpoint.dcp._records import memory_bytes, record_of, uses_default_lookup
 from shardpoint.dcp.metadata import Metadata, StorageMeta
@@ -370,9 +370,9 @@ class FileSystemReader(StorageReader):
             verify=self.verify,
         )
         rows = {key: row for row, key in enumerate(index.objects.keys)}
-        for item in objects:
-            row = rows[item.storage_index.fqn]
-            planner.load_bytes(item, object_stream(index, self.storage, row))
+        items = {rows[item.storage_index.fqn]: item for item in objects}
+        for row, stream in object_streams(index, self.storage, list(items)):
+            planner.load_bytes(items[row], stream)
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, agree, gather_scatter
 from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._state import is_stateful
 from shardpoint.dcp.api import checkpoint_exceptions
 from shardpoint.dcp.default_planner import (
     DefaultLoadPlanner,
@@ -24,7 +25,6 @@ from shardpoint.dcp.default_planner import (
 from shardpoint.dcp.filesystem import FileSystemReader
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
 from shardpoint.dcp.planner import LoadPlan, LoadPlanner
-from shardpoint.dcp.stateful import Stateful
 from shardpoint.dcp.storage import StorageReader
 from shardpoint.errors import PlanError
 
@@ -146,7 +146,7 @@ def load(
 def _states(state_dict: STATE_DICT_TYPE) -> dict[str, Any]:
     # sorted, so that states whose making is collective are made in the same order everywhere
     return {
-        key: value.state_dict() if isinstance(value := state_dict[key], Stateful) else value
+        key: value.state_dict() if is_stateful(value := state_dict[key]) else value
         for key in sorted(state_dict)
     }
 
@@ -154,7 +154,7 @@ def _states(state_dict: STATE_DICT_TYPE) -> dict[str, Any]:
 def _hand_back(state_dict: STATE_DICT_TYPE, loaded: dict[str, Any]) -> None:
     for key, value in loaded.items():
         target = state_dict[key]
-        if isinstance(target, Stateful):
+        if is_stateful(target):
             target.load_state_dict(value)
         else:
             state_dict[key] = value

@@ -31,6 +31,7 @@ from shardpoint.formats._tensor_pickles import (
     StorageReference,
     StorageType,
     TensorClass,
+    check_hooks,
     read_persistent_id,
     rebuild,
 )
@@ -216,8 +217,7 @@ class ObjectResolver:
         known = self.tensors.get(id(tensor))
         if known is None:
             raise FormatError(f"a parameter of {describe(tensor)}, not of a tensor")
-        if hooks is not None and not (isinstance(hooks, dict) and not hooks):
-            raise NotSupportedError("a parameter with backward hooks")
+        check_hooks(hooks)
         if isinstance(tensor, TensorDescription):
             parameter: Any = replace(known[1], requires_grad=requires_grad, parameter=True)
         else:

@@ -69,7 +69,7 @@ class WorkBudget:
     __slots__ = ("_left", "_limits", "_source")
 
     def __init__(self, input_size: int, *, source: str, limits: Limits) -> None:
-        self._left = 100_000 + 64 * input_size
+        self._left = 100_000 + 32 * input_size
         self._source = source
         self._limits = limits
 

@@ -6,7 +6,6 @@ size is in elements; `_rebuild_tensor_v3` an untyped one, in bytes, and the dtyp
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ __all__ = [
     "StorageReference",
     "StorageType",
     "TensorClass",
+    "check_hooks",
     "read_persistent_id",
     "rebuild",
 ]
@@ -118,13 +118,21 @@ def _describe_view(
     return TensorDescription(dtype, storage.key, storage.nbytes, offset, shape, strides)
 
 
+def check_hooks(hooks: Any) -> None:
+    """Accept no backward hooks: they are functions."""
+    if hooks is None or (isinstance(hooks, dict) and not hooks):
+        return
+    if isinstance(hooks, dict):
+        raise NotSupportedError("a tensor with backward hooks")
+    raise FormatError(f"backward hooks are {describe(hooks)}, not a dict")
+
+
 def _finish(
     tensor: TensorDescription, requires_grad: Any, hooks: Any, extra: tuple[Any, ...]
 ) -> TensorDescription:
     if type(requires_grad) is not bool:
         raise FormatError(f"requires_grad is {describe(requires_grad)}, not a bool")
-    if hooks is not None and not (isinstance(hooks, (dict, OrderedDict)) and not hooks):
-        raise NotSupportedError("a tensor with backward hooks")
+    check_hooks(hooks)
     conjugate = negative = False
     for metadata in extra:
         if metadata is None:

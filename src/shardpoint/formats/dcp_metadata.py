@@ -5,8 +5,10 @@ Source: the files that torch 2.3 to 2.15 write and read (``torch.distributed.che
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -25,6 +27,8 @@ from shardpoint.formats._metadata_writing import write_metadata
 from shardpoint.index import NO_FILE, CheckpointIndex, Chunks, Container, Objects, Tensors
 
 __all__ = ["read_metadata", "read_per_rank_metadata", "write_metadata"]
+
+_LARGE = 1 << 20  # bytes of metadata: some thousands of chunks
 
 
 def read_metadata(data: bytes | bytearray | memoryview, *, file: str) -> CheckpointIndex:
@@ -53,8 +57,9 @@ def read_metadata(data: bytes | bytearray | memoryview, *, file: str) -> Checkpo
     NotSupportedError
         If a tensor has a dtype or layout that shardpoint does not know.
     """
-    fields = _read_fields(data, file)
-    return _to_columns(fields, source="dcp", metadata_files=[file])
+    with _no_collection(len(data)):
+        fields = _read_fields(data, file)
+        return _to_columns(fields, source="dcp", metadata_files=[file])
 
 
 def read_per_rank_metadata(
@@ -78,11 +83,29 @@ def read_per_rank_metadata(
     if not parts:
         raise FormatError("there are no per-rank metadata files")
     names = sorted(parts, key=_rank_order)
-    merged = _read_fields(parts[names[0]], names[0])
-    union = _Union(merged)
-    for name in names[1:]:
-        union.add(_read_fields(parts[name], name))
-    return _to_columns(merged, source="dcp-per-rank", metadata_files=names)
+    with _no_collection(sum(map(len, parts.values()))):
+        merged = _read_fields(parts[names[0]], names[0])
+        union = _Union(merged)
+        for name in names[1:]:
+            union.add(_read_fields(parts[name], name))
+        return _to_columns(merged, source="dcp-per-rank", metadata_files=names)
+
+
+@contextlib.contextmanager
+def _no_collection(size: int) -> Iterator[None]:
+    """Pause the cyclic garbage collector while a large pickle becomes many small objects.
+
+    It would walk all of them again and again, for up to half of the time, and there are no
+    cycles among them.
+    """
+    pause = size >= _LARGE and gc.isenabled()
+    if pause:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pause:
+            gc.enable()
 
 
 def _read_fields(data: bytes | bytearray | memoryview, file: str) -> MetadataFields:

@@ -98,7 +98,7 @@ def _gaps(
     total, _ = volumes(tensors.shape)
     held, _ = volumes(boxes.ends - boxes.starts)
     covered = np.zeros(len(tensors), np.int64)
-    np.add.at(covered, boxes.group, np.where(overlapping[boxes.group], 0, held))
+    np.add.at(covered, boxes.group, held)  # at most `total` where no chunks overlap
     order = np.argsort(boxes.group, kind="stable")
     order = order[held[order] > 0]
     grouped = boxes.group[order]
