@@ -20,6 +20,7 @@ import pytest
 
 __all__ = ["RankPool"]
 
+_PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "shardpoint.dcp"]
 _GROUP_TIMEOUT = timedelta(seconds=60)
 
 
@@ -64,7 +65,9 @@ class RankPool:
     """Up to four workers."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # The server imports torch once; its workers are forks that have it already.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._jobs = 0

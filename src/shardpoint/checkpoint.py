@@ -71,7 +71,7 @@ def open(  # the module that needs the builtin is storage, not this one
     """
     if threads is not None and threads < 1:
         raise PlanError(f"threads must be 1 or more, not {threads}")
-    index, storage = open_index(path)
+    index, storage = open_index(path, allowed=allowed)
     return Checkpoint(
         index,
         storage,

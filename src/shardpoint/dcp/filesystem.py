@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -295,6 +295,8 @@ class FileSystemReader(StorageReader):
         Compare what is read with its checksums, where whole records are read.
     thread_count
         Reading threads; None is a number that fits the machine.
+    allowed
+        Classes that objects in a ``torch.save`` file may hold beyond the closed list.
     """
 
     def __init__(
@@ -303,8 +305,10 @@ class FileSystemReader(StorageReader):
         *,
         verify: bool = True,
         thread_count: int | None = None,
+        allowed: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.verify = verify
+        self.allowed = allowed
         self.thread_count = thread_count or min(4, os.cpu_count() or 1)
         self._begin(path)
 
@@ -328,7 +332,9 @@ class FileSystemReader(StorageReader):
         return "://" not in os.fspath(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._index, self.storage = open_index(self.path, prefer_rank=kwargs.get("rank"))
+        self._index, self.storage = open_index(
+            self.path, prefer_rank=kwargs.get("rank"), allowed=self.allowed
+        )
         metadata = metadata_of(self._index, _StorageInfo)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()

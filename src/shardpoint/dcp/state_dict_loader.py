@@ -124,7 +124,7 @@ def load(
     coordinator = coordinator_for(process_group, 0, no_dist)
     run = _Load(
         state=lambda: _states(state_dict),
-        make_reader=lambda: _reader(storage_reader, checkpoint_id),
+        make_reader=lambda: _reader(storage_reader, checkpoint_id, allowed),
         reader_kind=FileSystemReader if storage_reader is None else type(storage_reader),
         planner=planner,
         coordinator=coordinator,
@@ -161,7 +161,9 @@ def _hand_back(state_dict: STATE_DICT_TYPE, loaded: dict[str, Any]) -> None:
 
 
 def _reader(
-    storage_reader: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None
+    storage_reader: StorageReader | None,
+    checkpoint_id: str | os.PathLike[str] | None,
+    allowed: Mapping[str, Callable[..., Any]] | None = None,
 ) -> StorageReader:
     if storage_reader is not None:
         storage_reader.reset(checkpoint_id)
@@ -170,7 +172,7 @@ def _reader(
         raise PlanError("load needs a checkpoint_id or a storage_reader")
     if not FileSystemReader.validate_checkpoint_id(checkpoint_id):
         raise PlanError(f"no storage reader for {str(checkpoint_id)!r}: give a folder or a file")
-    return FileSystemReader(checkpoint_id)
+    return FileSystemReader(checkpoint_id, allowed=allowed)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from zlib_ng import zlib_ng
+from shardpoint.formats.checksum import crc32_combine
 
 __all__ = ["PiecewiseChecksum"]
 
@@ -37,5 +37,5 @@ class PiecewiseChecksum:
         """Return the CRC-32 of all pieces one after the other; all must have been put."""
         total = 0
         for checksum, length in zip(self._checksums, self._lengths, strict=True):
-            total = zlib_ng.crc32_combine(total, checksum, length)
+            total = crc32_combine(total, checksum, length)
         return total

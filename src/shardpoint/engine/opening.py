@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from shardpoint.storage import LocalStorage, Storage
 __all__ = ["open_index"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
+Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
 
 _METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
@@ -34,7 +35,7 @@ _FILE_URL = "file://"
 
 
 def open_index(
-    place: PathLike | Storage, *, prefer_rank: int | None = None
+    place: PathLike | Storage, *, prefer_rank: int | None = None, allowed: Allowed | None = None
 ) -> tuple[CheckpointIndex, Storage]:
     """Return the index of the checkpoint at a place, and the storage its files are in.
 
@@ -50,6 +51,9 @@ def open_index(
     prefer_rank
         Where each rank has metadata of its own and several have the same thing: whose is
         taken. By default the lowest rank's.
+    allowed
+        Classes that the objects of a ``torch.save`` file may hold beyond the closed list, by
+        qualified name: such a file is one pickle, decoded here.
 
     Raises
     ------
@@ -59,7 +63,7 @@ def open_index(
     """
     storage, name = (place, None) if isinstance(place, Storage) else _locate(place)
     if name is not None and not _is_metadata(name):
-        return _open_file(storage, name), storage
+        return _open_file(storage, name, allowed), storage
     if storage.has(_METADATA):
         index = read_metadata(storage.read(_METADATA), file=_METADATA)
         return _with_containers(index, storage), storage
@@ -74,7 +78,7 @@ def open_index(
         return _with_containers(index, storage), storage
     if any(name.endswith(_SAFETENSORS) for name in names):
         return read_directory(storage), storage
-    return _open_only_file(storage, names), storage
+    return _open_only_file(storage, names, allowed), storage
 
 
 def _locate(path: PathLike) -> tuple[Storage, str | None]:
@@ -99,16 +103,18 @@ def _is_metadata(name: str) -> bool:
     return name == _METADATA or _RANK_METADATA.fullmatch(name) is not None
 
 
-def _open_file(storage: Storage, name: str) -> CheckpointIndex:
+def _open_file(storage: Storage, name: str, allowed: Allowed | None) -> CheckpointIndex:
     if name.endswith(_SAFETENSORS):
         return read_directory(storage, name)
-    return read_torch_save(storage, name)
+    return read_torch_save(storage, name, allowed=allowed)
 
 
-def _open_only_file(storage: Storage, names: Sequence[str]) -> CheckpointIndex:
+def _open_only_file(
+    storage: Storage, names: Sequence[str], allowed: Allowed | None
+) -> CheckpointIndex:
     files = [name for name in names if "/" not in name and name.endswith(_TORCH_SAVE)]
     if len(files) == 1:
-        return read_torch_save(storage, files[0])
+        return read_torch_save(storage, files[0], allowed=allowed)
     if files:
         raise CheckpointNotFoundError(
             f"{storage.location!r} has several torch.save files, open one of them: "

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from zlib_ng import zlib_ng
 
-__all__ = ["BytesLike", "crc32"]
+__all__ = ["BytesLike", "crc32", "crc32_combine"]
 
 BytesLike: TypeAlias = "bytes | bytearray | memoryview"
 """Bytes in one piece."""
@@ -25,3 +25,14 @@ def crc32(data: BytesLike, value: int = 0) -> int:
     True
     """
     return zlib_ng.crc32(data, value)
+
+
+def crc32_combine(first: int, second: int, second_length: int) -> int:
+    """Return the CRC-32 of two pieces one after the other from those of each.
+
+    Examples
+    --------
+    >>> crc32_combine(crc32(b"1234"), crc32(b"56789"), 5) == 0xCBF43926
+    True
+    """
+    return zlib_ng.crc32_combine(first, second, second_length)
