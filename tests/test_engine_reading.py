@@ -216,6 +216,22 @@ def test_small_neighbours_are_read_together(tmp_path: Path) -> None:
     assert statistics.metadata_bytes == statistics.bytes_read - statistics.payload_bytes
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.05, 3.0])
+def test_small_records_that_are_not_wanted_are_skipped(tmp_path: Path, ratio: float) -> None:
+    arrays = {f"k{i}": _numbers((100,), seed=i) for i in range(90)}
+    chunks = [c for k, a in arrays.items() for c in grid(k, a.shape, [[]], files=["f"])]
+    place = LocalStorage(tmp_path)
+    index = save(place, arrays, chunks)
+    storage = CountingStorage(place)
+    reads = [request(index, f"k{i}") for i in range(0, 90, 3)]
+    read_tensors(index, storage, reads, threads=1, verify=True, gap_ratio=ratio)
+    wanted = int(index.chunks.record_length[::3].sum())
+    assert wanted <= storage.bytes_read <= (1 + ratio) * wanted
+    assert storage.calls["read"] == (1 if ratio == 3.0 else 30)
+    for read, i in zip(reads, range(0, 90, 3), strict=True):
+        _same(sink_of(read).array, arrays[f"k{i}"])
+
+
 def test_headers_of_neighbours_are_read_together(tmp_path: Path) -> None:
     arrays = {f"k{i}": _numbers((30_000,), seed=i) for i in range(40)}
     chunks = [c for k, a in arrays.items() for c in grid(k, a.shape, [[]], files=["f"])]

@@ -112,6 +112,7 @@ def test_every_chunk_has_one_owner_and_a_place(
     written = Written(
         keys=[key for rows in kept_rows for key in rows.keys],
         is_object=np.concatenate([rows.kind == OBJECT for rows in kept_rows]),
+        ndim=np.concatenate([rows.ndim for rows in kept_rows]),
         offsets=np.concatenate([rows.offsets for rows in kept_rows]),
         file=[f"__{rank}_0" for rank, rows in enumerate(kept_rows) for _ in rows.keys],
         offset=np.concatenate([np.arange(len(rows)) for rows in kept_rows]),
@@ -166,6 +167,7 @@ def test_what_was_not_written_has_no_file() -> None:
     nothing = Written(
         keys=[],
         is_object=np.zeros(0, np.bool_),
+        ndim=np.zeros(0, np.int16),
         offsets=np.zeros((0, 0), np.int64),
         file=[],
         offset=np.zeros(0, np.int64),

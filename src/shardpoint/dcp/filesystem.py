@@ -18,6 +18,7 @@ from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import object_streams
 from shardpoint.dcp._reading import requests_for
 from shardpoint.dcp._records import memory_bytes, record_of, uses_default_lookup
+from shardpoint.dcp._write_results import results_of, written_by
 from shardpoint.dcp.metadata import Metadata, StorageMeta
 from shardpoint.dcp.planner import (
     LoadItemType,
@@ -42,7 +43,7 @@ from shardpoint.errors import (
 )
 from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.index import CheckpointIndex
-from shardpoint.planning.save import Written, attach_storage
+from shardpoint.planning.save import attach_storage
 from shardpoint.storage.local import LocalStorage
 
 __all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]
@@ -173,6 +174,12 @@ class FileSystemWriter(StorageWriter):
             )
         if self.use_collectives:
             return plan
+        if self.storage.has(committing.METADATA_NAME):
+            # Readers would go on to find the old one, and its files would be cleaned away.
+            raise CheckpointExistsError(
+                f"{self.path} holds a checkpoint saved with collectives, which ranks that save "
+                f"without them cannot replace: give another folder"
+            )
         prefix = committing.data_prefix(self.rank or 0, committing.new_token(self.storage))
         return replace(plan, storage_data=_StoragePrefix(prefix))
 
@@ -202,13 +209,8 @@ class FileSystemWriter(StorageWriter):
             threads=max(self.thread_count, min(4, os.cpu_count() or 1)),
             sync=self.sync_files,
         )
-        results = [
-            WriteResult(item.index, length, _StorageInfo(name, offset, length))
-            for name, items in files.items()
-            for item, (offset, length) in zip(items, spans[name], strict=True)
-        ]
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result(results_of(files, spans, _StorageInfo))  # type: ignore[arg-type]
         return future
 
     def _buckets(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
@@ -230,7 +232,7 @@ class FileSystemWriter(StorageWriter):
         return [bucket for bucket in buckets if bucket]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        index = attach_storage(index_of(metadata), _written_by(results))
+        index = attach_storage(index_of(metadata), written_by(results))
         meta = self.storage_meta()
         index = replace(
             index,
@@ -265,23 +267,6 @@ class FileSystemWriter(StorageWriter):
         if self.use_collectives:
             return committing.METADATA_NAME
         return committing.rank_metadata_name(self.rank or 0)
-
-
-def _written_by(results: list[list[WriteResult]]) -> Written:
-    rows = [result for rank in results for result in rank]
-    axes = max((len(row.index.offset or ()) for row in rows), default=0)
-    offsets = np.zeros((len(rows), axes), np.int64)
-    for position, row in enumerate(rows):
-        offsets[position, : len(row.index.offset or ())] = row.index.offset or ()
-    return Written(
-        keys=[row.index.fqn for row in rows],
-        is_object=np.array([row.index.offset is None for row in rows], np.bool_),
-        offsets=offsets,
-        file=[row.storage_data.relative_path for row in rows],
-        offset=np.array([row.storage_data.offset for row in rows], np.int64),
-        length=np.array([row.storage_data.length for row in rows], np.int64),
-        transforms=[tuple(row.storage_data.transform_descriptors or ()) for row in rows],
-    )
 
 
 class FileSystemReader(StorageReader):

@@ -29,7 +29,7 @@ from shardpoint.dcp.filesystem import FileSystemWriter, _StorageInfo
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
 from shardpoint.dcp.planner import SavePlan, SavePlanner
 from shardpoint.dcp.storage import StorageWriter, WriteResult
-from shardpoint.errors import PlanError, ShardpointError
+from shardpoint.errors import PlanError, RankFailedError, ShardpointError
 from shardpoint.index import CheckpointIndex
 
 __all__ = ["save", "save_state_dict"]
@@ -53,7 +53,7 @@ def save_state_dict(
     storage_writer.reset()
     return _save(
         lambda: state_dict,
-        storage_writer=storage_writer,
+        make_writer=lambda: storage_writer,
         planner=planner,
         coordinator=coordinator_for(process_group, coordinator_rank, no_dist),
         rank=None,
@@ -111,7 +111,7 @@ def save(
         rank = coordinator_for(process_group, 0, no_dist).rank
     return _save(
         lambda: call_state_dict(state_dict),
-        storage_writer=lambda: _writer(storage_writer, checkpoint_id),
+        make_writer=lambda: _writer(storage_writer, checkpoint_id),
         planner=planner,
         coordinator=coordinator,
         rank=rank,
@@ -184,15 +184,14 @@ class _Save:
 def _save(
     state: Callable[[], dict[str, Any]],
     *,
-    storage_writer: StorageWriter | Callable[[], StorageWriter],
+    make_writer: Callable[[], StorageWriter],
     planner: SavePlanner | None,
     coordinator: Coordinator,
     rank: int | None,
 ) -> Metadata:
-    make = storage_writer if not isinstance(storage_writer, StorageWriter) else None
     run = _Save(
         state=state,
-        make_writer=make or (lambda: storage_writer),  # type: ignore[return-value, arg-type]
+        make_writer=make_writer,
         planner=planner if planner is not None else DefaultSavePlanner(),
         coordinator=coordinator,
         rank=rank,
@@ -207,8 +206,11 @@ def _save(
             gather_scatter(coordinator, "write", lambda: run.write(plan), run.collect)
             times.append(time.perf_counter())
             finished = broadcast_result(coordinator, "commit", run.finish)
-        except BaseException:
-            _abort(run)
+        except BaseException as error:
+            # A rank that merely lost contact cannot know whether the coordinator still
+            # commits: its files stay then, and if they do not count the next save removes them.
+            if coordinator.is_coordinator or isinstance(error, RankFailedError):
+                _abort(run)
             raise
     times.append(time.perf_counter())
     if coordinator.is_coordinator:

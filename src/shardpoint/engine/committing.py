@@ -80,9 +80,9 @@ def remove_replaced(storage: Storage, keep: Collection[str], *, rank: int | None
     for name in storage.list():
         if name in keep:
             continue
+        stale = _DATA_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)
         if rank is not None:
-            stale = name.startswith(f"__{rank}_") and _DATA_FILE.fullmatch(name)
-        else:
-            stale = _DATA_FILE.fullmatch(name) or _RANK_METADATA.fullmatch(name)
-        if stale or (rank is None and _TEMPORARY.fullmatch(name)):
+            own = name.startswith((data_prefix(rank, ""), f".{rank_metadata_name(rank)}."))
+            stale = stale if own else None
+        if stale or (rank is None and _RANK_METADATA.fullmatch(name)):
             storage.remove(name)

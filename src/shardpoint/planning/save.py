@@ -305,7 +305,7 @@ class Written:
 
     Attributes
     ----------
-    keys, is_object, offsets
+    keys, is_object, ndim, offsets
         Which item: an object by its key, a chunk by key and offsets (``int64[n, D]``).
     file
         A file name for each row.
@@ -317,6 +317,7 @@ class Written:
 
     keys: Sequence[str]
     is_object: BoolArray
+    ndim: npt.NDArray[np.int16]
     offsets: Int64Array
     file: Sequence[str]
     offset: Int64Array

@@ -111,7 +111,7 @@ class LocalStorage(Storage):
             if not stat.S_ISREG(found.st_mode):
                 raise StorageError(f"cannot open {path!r}: it is no regular file")
         except BaseException:
-            os.close(descriptor)
+            _close_quietly(descriptor)
             raise
         return LocalReadableFile(descriptor, path, found.st_size)
 
@@ -127,7 +127,7 @@ class LocalStorage(Storage):
         try:
             _reserve(descriptor, path, size)
         except BaseException:
-            os.close(descriptor)
+            _close_quietly(descriptor)
             _remove_quietly(path)
             raise
         return LocalWritableFile(descriptor, path)
@@ -253,6 +253,12 @@ def _sync_folder(folder: str) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
+        os.close(descriptor)
+
+
+def _close_quietly(descriptor: int) -> None:
+    """Close after a failed step; the step's own error is the one that counts."""
+    with contextlib.suppress(OSError):
         os.close(descriptor)
 
 
