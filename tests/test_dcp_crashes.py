@@ -19,24 +19,22 @@ import pytest
 import torch.distributed as dist
 
 import shardpoint.dcp as dcp
+from crash_kills import Outcome, kill_everywhere, kill_one_of_two
 from crash_support import (
     NOTHING,
     STATES,
     Call,
     Failer,
-    Outcome,
-    PowerLoss,
     Trace,
     blank,
     files_of,
     interposed,
-    kill_everywhere,
-    kill_one_of_two,
     named_files,
     save,
     short_transfers,
     state_at,
 )
+from power_loss import PowerLoss
 from ranks import RankPool
 from shardpoint.dcp._process_group import ProcessGroupCoordinator
 from shardpoint.engine import committing
@@ -216,11 +214,13 @@ def _fail_one(
     return found
 
 
-@pytest.mark.parametrize("mode", Failer.MODES)
 @pytest.mark.parametrize(
-    ("overwrite", "options"),
-    [(False, {}), (True, TWO_FILES), (True, ALONE)],
-    ids=["first", "overwrite-two-files", "overwrite-alone"],
+    ("mode", "overwrite", "options"),
+    [
+        *((mode, False, {}) for mode in Failer.MODES),
+        *((mode, True, TWO_FILES) for mode in Failer.MODES),
+        ("before", True, ALONE),
+    ],
 )
 def test_a_failing_call_leaves_the_old_or_the_new_state(
     tmp_path: Path,

@@ -16,7 +16,7 @@ from ranks import RankPool
 from shardpoint.storage.local import LocalStorage
 
 WORLD_SIZE = 4
-SECONDS = 10
+SECONDS = 30  # half the process group's timeout: nobody has waited for that
 
 
 class Stumble(Exception):
@@ -165,3 +165,29 @@ def test_a_failing_stateful_is_named(
 ) -> None:
     answers = pool.run(WORLD_SIZE, _stateful_fails, str(tmp_path / "ckpt"), method)
     assert answers == [[{1: f"Reluctant.{method} stumbled"}] * count] * WORLD_SIZE
+
+
+class Interrupted(dcp.DefaultSavePlanner):
+    """Is interrupted on rank 1, as by Ctrl-C or a handler that exits."""
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        if dist.get_rank() == 1:
+            raise KeyboardInterrupt
+        return super().create_local_plan()
+
+
+def _interrupted(folder: str) -> str:
+    try:
+        dcp.save({"a": 1}, checkpoint_id=folder, planner=Interrupted())
+    except (dcp.CheckpointException, KeyboardInterrupt) as error:
+        dist.barrier()  # the group is still in step
+        return type(error).__name__ + ": " + str(error)
+    raise AssertionError("nothing was raised")
+
+
+def test_an_interrupt_on_one_rank_stops_the_others_too(pool: RankPool, tmp_path: Path) -> None:
+    answers = pool.run(3, _interrupted, str(tmp_path / "ckpt"))
+    assert answers[1].startswith("KeyboardInterrupt")
+    for rank in (0, 2):
+        assert "plan failed on rank 1" in answers[rank]
+        assert "KeyboardInterrupt" in answers[rank]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,7 @@ def test_a_closed_checkpoint_reads_nothing() -> None:
         lambda: checkpoint["dtypes.float32"],
         checkpoint.tree,
         checkpoint.verify,
+        checkpoint.file_sizes,
     ):
         with pytest.raises(StorageError, match="closed"):
             use()
@@ -366,6 +368,45 @@ def test_verify_reports_a_missing_file(tmp_path: Path) -> None:
     report = shardpoint.open(place).verify()
     assert report.problems
     assert any(problem.file == "__3_0.distcp" for problem in report.problems)
+
+
+def test_a_quick_look_reads_no_data(tmp_path: Path) -> None:
+    place = damaged(tmp_path, "dtypes.float64")
+    checkpoint = shardpoint.open(place)
+    assert not checkpoint.verify().ok
+    report = checkpoint.verify(quick=True)
+    assert report.ok
+    assert (report.chunks_read, report.bytes_read) == (0, 0)
+    assert (report.tensors, report.objects) == (len(plain().tensors), len(plain().objects))
+
+
+def test_a_quick_look_finds_missing_and_short_files(tmp_path: Path) -> None:
+    place = tmp_path / "part"
+    shutil.copytree(PUBLIC / "2.13.0" / "dtensor_2d_w4" / "ckpt", place)
+    (place / "__3_0.distcp").unlink()
+    short = place / "__2_0.distcp"
+    os.truncate(short, short.stat().st_size - 1)
+    report = shardpoint.open(place).verify(quick=True)
+    assert {problem.file for problem in report.problems} == {"__2_0.distcp", "__3_0.distcp"}
+
+
+def test_verification_tells_how_far_it_is() -> None:
+    told: list[tuple[int, int]] = []
+    shardpoint.open(PLAIN).verify(progress=lambda done, total: told.append((done, total)))
+    total = sum(array.nbytes for array in plain().tensors.values())
+    assert told == [(total, total)]
+    shardpoint.open(PLAIN).verify(quick=True, progress=lambda done, total: told.append((0, 0)))
+    assert len(told) == 1
+
+
+def test_file_sizes_name_what_is_missing(tmp_path: Path) -> None:
+    place = tmp_path / "part"
+    shutil.copytree(PUBLIC / "2.13.0" / "dtensor_2d_w4" / "ckpt", place)
+    (place / "__3_0.distcp").unlink()
+    sizes = shardpoint.open(place).file_sizes()
+    assert sizes.pop("__3_0.distcp") is None
+    assert next(iter(sizes)) == ".metadata"
+    assert sizes == {path.name: path.stat().st_size for path in place.iterdir()}
 
 
 def test_classes_can_be_allowed_by_name() -> None:

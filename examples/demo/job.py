@@ -18,6 +18,7 @@ from typing import Any, Self
 __all__ = ["DemoError", "Job"]
 
 _TRAINING = Path(__file__).with_name("training.py")
+_QUOTED_LINES = 40
 
 
 class DemoError(Exception):
@@ -25,52 +26,37 @@ class DemoError(Exception):
 
 
 class Job:
-    """The ranks of one job: processes of one process group, with rank 0's events.
+    """All processes of one job, which are a process group of their own.
 
     Parameters
     ----------
     folder
-        A new folder for the job's own files: one log a rank, and the file the ranks meet in.
-    world_size
-        How many ranks.
+        A new folder for the job's own files: its log, and the file the ranks meet in.
     arguments
         For `training.py`.
     seconds
         After this time the job is killed, and `events` ends with an error.
     """
 
-    def __init__(
-        self, folder: Path, *, world_size: int, arguments: list[str], seconds: float
-    ) -> None:
+    def __init__(self, folder: Path, *, arguments: list[str], seconds: float) -> None:
         folder.mkdir(parents=True)
-        self._folder = folder
-        self._processes: list[subprocess.Popen[str]] = []
-        self._overdue = threading.Timer(seconds, self._kill_group)
+        self._log = folder / "log"
         self._seconds = seconds
         self._timed_out = False
-        rendezvous = ["--rendezvous", str(folder / "rendezvous")]
-        try:
-            for rank in range(world_size):
-                self._start(rank, world_size, [*rendezvous, *arguments])
-        except BaseException:
-            self._end()
-            raise
-        self._overdue.start()
-
-    def _start(self, rank: int, world_size: int, arguments: list[str]) -> None:
-        with self._log(rank).open("w") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(_TRAINING), *arguments],
-                    env=_environment(rank, world_size),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                    stderr=log,
-                    text=True,
-                    # the first rank leads the group, the others join it
-                    process_group=self._processes[0].pid if self._processes else 0,
-                )
+        command = [sys.executable, str(_TRAINING), "--rendezvous", str(folder / "rendezvous")]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, *arguments],
+                env=_environment(folder),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                process_group=0,
             )
+        self._overdue = threading.Timer(seconds, self._time_out)
+        self._overdue.daemon = True
+        self._overdue.start()
 
     def __enter__(self) -> Self:
         return self
@@ -81,69 +67,74 @@ class Job:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end()
+        self._overdue.cancel()
+        self._kill_group()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield rank 0's events until it ends.
+        """Yield what the job tells until it ends by itself.
 
         Raises
         ------
         DemoError
             If a rank fails, or the job takes too long.
         """
-        stream = self._processes[0].stdout
-        assert stream is not None
-        for line in stream:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             yield json.loads(line)
-        codes = [process.wait() for process in self._processes]
+        code = self._process.wait()
         if self._timed_out:
-            raise DemoError(f"the job was not done after {self._seconds:.0f} s{self._logs()}")
-        if any(codes):
-            raise DemoError(f"ranks ended with exit codes {codes}{self._logs()}")
+            raise DemoError(f"a job was not done after {self._seconds:.0f} s{self._quoted_log()}")
+        if code:
+            raise DemoError(f"a job ended with exit code {code}{self._quoted_log()}")
 
-    def kill(self) -> list[int]:
-        """Kill the whole process group, as a power cut would; return the exit codes."""
-        running = [rank for rank, process in enumerate(self._processes) if process.poll() is None]
-        if len(running) < len(self._processes):
-            raise DemoError(f"only ranks {running} were still there to be killed{self._logs()}")
-        os.killpg(self._processes[0].pid, signal.SIGKILL)
-        return [process.wait() for process in self._processes]
+    def kill(self) -> list[dict[str, Any]]:
+        """Send SIGKILL to all processes of the job at once, and wait until all are dead.
+
+        Returns
+        -------
+        list
+            What the job had still told in the meantime.
+
+        Raises
+        ------
+        DemoError
+            If it had ended already, or did not die of this.
+        """
+        assert self._process.stdout is not None
+        if self._process.poll() is not None:
+            raise DemoError(f"the job ended before it could be killed{self._quoted_log()}")
+        self._kill_group()
+        # Each process holds this pipe open: it ends when the last of them is gone.
+        last_words = self._process.stdout.read()
+        code = self._process.wait()
+        if self._timed_out or code != -signal.SIGKILL:
+            raise DemoError(f"the job was to be killed, but ended with exit code {code}")
+        return [json.loads(line) for line in last_words.splitlines(True) if line.endswith("\n")]
+
+    def _time_out(self) -> None:
+        self._timed_out = True
+        self._kill_group()
 
     def _kill_group(self) -> None:
-        self._timed_out = True
-        self._kill_all()
+        # once it has been waited for, its number may belong to somebody else
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _kill_all(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-
-    def _end(self) -> None:
-        self._overdue.cancel()
-        self._kill_all()
-        for process in self._processes:
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-
-    def _log(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank}.log"
-
-    def _logs(self) -> str:
-        """Quote the end of what each rank had to say."""
-        quoted = []
-        for rank in range(len(self._processes)):
-            lines = self._log(rank).read_text(errors="replace").splitlines()[-15:]
-            quoted += [f"rank {rank}: {line}" for line in lines]
-        return "".join(f"\n  {line}" for line in quoted)
+    def _quoted_log(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-_QUOTED_LINES:]
+        return "".join(f"\n  | {line}" for line in lines)
 
 
-def _environment(rank: int, world_size: int) -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     environment = os.environ | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TMPDIR": str(folder),  # what a killed process leaves lies where it is cleaned up
     }
     # All ranks are here: they need no network, nor a host name that can be looked up.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]

@@ -39,7 +39,8 @@ class _Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden))
-        return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        output: Tensor = hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        return output
 
 
 class ByteTransformer(nn.Module):

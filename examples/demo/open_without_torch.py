@@ -52,7 +52,7 @@ def main(folder: str, expected_file: str) -> None:
         raise SystemExit("verify found problems in a checkpoint that is whole")
     found = {key: digest(checkpoint[key]) for key in expected["digests"] if key in checkpoint}
     if wrong := differences(expected["digests"], found):
-        raise SystemExit("read without torch: " + "; ".join(wrong))
+        raise SystemExit("read without torch: " + "; ".join(wrong[:5]))
     print(f"{len(found)} tensors of model and optimizer: bit for bit as they were in training")
     if any(name.split(".")[0] == "torch" and module for name, module in sys.modules.items()):
         raise SystemExit("torch has been imported after all")

@@ -1,7 +1,6 @@
-"""One rank of the training job: FSDP2, AdamW, and a checkpoint that any number of ranks reads.
+"""The training job: FSDP2, AdamW, and a checkpoint that any number of ranks can read.
 
-Started once a rank by `job.Job`, with RANK and WORLD_SIZE in the environment as torchrun sets
-them. Rank 0 reports what happens on standard output, one JSON object a line.
+Started by `job.Job`. Rank 0 reports what happens on standard output, one JSON object a line.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional
 
 import shardpoint.dcp as dcp
@@ -58,7 +59,7 @@ class Trainer:
         share = self.data.share(self.rank, self.world_size)
         scores = self.model(share[:, :-1])
         loss = functional.cross_entropy(scores.flatten(0, 1), share[:, 1:].flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -79,13 +80,18 @@ class Trainer:
             "step": self.step,
         }
 
-    def save(self, folder: str) -> None:
-        """Write a checkpoint; all ranks call this."""
-        dcp.save(self.state(), checkpoint_id=folder)
+    def save(self, folder: str) -> float:
+        """Write a checkpoint; all ranks call this. Return the seconds of writing it."""
+        state = self.state()
+        dist.barrier()  # the time is that of saving, not of waiting for slower ranks
+        started = time.perf_counter()
+        dcp.save(state, checkpoint_id=folder)
+        return time.perf_counter() - started
 
     def load(self, folder: str) -> dcp.LoadReport:
         """Go on from a checkpoint, whatever number of ranks wrote it; all ranks call this."""
         state = self.state()
+        dist.barrier()
         report = dcp.load(state, checkpoint_id=folder)
         set_state_dict(
             self.model,
@@ -136,16 +142,13 @@ def _train(arguments: argparse.Namespace, reporter: Reporter) -> None:
     )
     reporter.tell("ready", parameters=trainer.parameters, batches=trainer.data.batches_per_epoch)
     if arguments.resume_from is not None:
-        dist.barrier()
-        started = time.perf_counter()
         report = trainer.load(arguments.resume_from)
-        seconds = time.perf_counter() - started
         bytes_read = torch.tensor(report.bytes_read)
         dist.all_reduce(bytes_read)
         reporter.tell(
             "loaded",
             step=trainer.step,
-            seconds=seconds,
+            seconds=report.seconds,
             bytes_read=bytes_read.item(),
             digests=trainer.digests(),
         )
@@ -154,15 +157,30 @@ def _train(arguments: argparse.Namespace, reporter: Reporter) -> None:
         reporter.tell("step", step=trainer.step, loss=loss)
         if trainer.step == arguments.save_at:
             digests = trainer.digests()
-            dist.barrier()
-            started = time.perf_counter()
-            trainer.save(arguments.save_to)
-            reporter.tell("saved", seconds=time.perf_counter() - started, digests=digests)
+            seconds = trainer.save(arguments.save_to)
+            reporter.tell("saved", seconds=seconds, digests=digests)
+
+
+def _run_rank(rank: int, arguments: argparse.Namespace) -> None:
+    # Libraries print to standard output as they please: events get a stream of their own.
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=arguments.rendezvous.as_uri(),
+        rank=rank,
+        world_size=arguments.processes,
+        timeout=timedelta(seconds=60),
+    )
+    _train(arguments, Reporter(events if rank == 0 else None))
+    dist.destroy_process_group()
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rendezvous", type=Path, required=True, help="file the ranks meet in")
+    parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True, help="length of the schedule")
     parser.add_argument("--until", type=int, required=True, help="last step of this job")
@@ -173,24 +191,16 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Join the other ranks, train, leave."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Libraries print to standard output as they please: events get a stream of their own.
-    events = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Start all ranks and wait for them; the first failure ends the others."""
     arguments = _parse()
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=arguments.rendezvous.as_uri(),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
+    start_processes(  # type: ignore[no-untyped-call]
+        _run_rank,
+        (arguments,),
+        nprocs=arguments.processes,
+        # Importing torch is most of the work of a short job: where that is safe, it is done
+        # once before the processes part.
+        start_method="fork" if sys.platform == "linux" else "spawn",
     )
-    try:
-        _train(arguments, Reporter(events if rank == 0 else None))
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

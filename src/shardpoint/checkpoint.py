@@ -23,7 +23,7 @@ from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
 from shardpoint.tree import unflatten
-from shardpoint.verify import VerifyReport, verify_index
+from shardpoint.verify import Progress, VerifyReport, file_sizes, verify_index
 
 __all__ = [
     "AxisSelection",
@@ -252,12 +252,21 @@ class Checkpoint:
                 values[key] = self._read_object(row)
         return unflatten(values, paths)
 
-    def verify(self) -> VerifyReport:
+    def verify(self, *, quick: bool = False, progress: Progress | None = None) -> VerifyReport:
         """Look for everything that is wrong: chunks that overlap, leave holes or lie outside
         their tensor, missing files and bytes, wrong checksums, objects that cannot be decoded.
 
         Reads every chunk once, whatever `open` was told about checksums, and holds only a few
         chunks at a time.
+
+        Parameters
+        ----------
+        quick
+            Only the index against itself and the sizes of the files: no data is read, so
+            changed bytes and objects that cannot be decoded are not found.
+        progress
+            Called now and then, in this thread, with how many bytes of tensors have been
+            looked at and of how many.
 
         Returns
         -------
@@ -270,7 +279,18 @@ class Checkpoint:
             self._storage,
             allowed=self._allowed,
             threads=self._threads,
+            quick=quick,
+            progress=progress,
         )
+
+    def file_sizes(self) -> dict[str, int | None]:
+        """Return the size in bytes of every file: those with the index first, then the data.
+
+        None stands for a file that is missing or that the store refuses; `verify` tells which.
+        """
+        self._check_open()
+        names = dict.fromkeys([*self._index.metadata_files, *self._index.files])
+        return file_sizes(self._storage, names)[0]
 
     def close(self) -> None:
         """Refuse further reading. Files are open only during a read: nothing else to release."""

@@ -9,6 +9,7 @@ same `RankFailedError`.
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
@@ -87,9 +88,13 @@ class SingleProcess:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What a failed rank sends in place of its result."""
+    """What a failed rank sends in place of its result.
+
+    The stack is plain data: file, line number, function, text.
+    """
 
     cause: BaseException
+    stack: tuple[tuple[str, int, str, str], ...]
 
 
 def agree(coordinator: Coordinator, step: str, function: Callable[[], Result]) -> Result:
@@ -119,7 +124,8 @@ def broadcast_result(coordinator: Coordinator, step: str, function: Callable[[],
         result = _unpack(received)
         failure = result if isinstance(result, _Failure) else None
     if failure is not None:
-        _raise_failures(step, {coordinator.coordinator_rank: failure}, failure)
+        own = failure if coordinator.is_coordinator else None
+        _raise_failures(step, {coordinator.coordinator_rank: failure}, own)
     return cast(Result, result)
 
 
@@ -177,8 +183,10 @@ class _Failures:
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, _Failure | None]:
     try:
         return function(), None
-    except Exception as error:  # noqa: BLE001  every rank has to hear of it
-        return None, _Failure(error)
+    except BaseException as error:  # noqa: BLE001  every rank has to hear of it
+        frames = traceback.extract_tb(error.__traceback__)
+        stack = tuple((f.filename, f.lineno or 0, f.name, f.line or "") for f in frames)
+        return None, _Failure(error, stack)
 
 
 def _pack(value: object) -> bytes:
@@ -188,9 +196,10 @@ def _pack(value: object) -> bytes:
         if isinstance(value, _Failure):
             pickle.loads(packed)  # noqa: S301  many exceptions pickle but do not come back
     except Exception as error:  # noqa: BLE001
-        cause = value.cause if isinstance(value, _Failure) else error
+        failure = value if isinstance(value, _Failure) else _Failure(error, ())
+        cause, stack = failure.cause, failure.stack
         stand_in = ShardpointError(f"{type(cause).__name__}: {cause}")
-        packed = pickle.dumps(_Failure(stand_in), protocol=pickle.HIGHEST_PROTOCOL)
+        packed = pickle.dumps(_Failure(stand_in, stack), protocol=pickle.HIGHEST_PROTOCOL)
     return packed
 
 
@@ -199,8 +208,15 @@ def _unpack(payload: bytes) -> object:
 
 
 def _raise_failures(step: str, results: Mapping[int, object], mine: _Failure | None) -> None:
-    causes = {r: value.cause for r, value in results.items() if isinstance(value, _Failure)}
-    if causes:
-        raise RankFailedError(step, causes) from (
+    failures = {r: value for r, value in results.items() if isinstance(value, _Failure)}
+    if mine is not None and not isinstance(mine.cause, Exception):
+        raise mine.cause  # an interrupt or exit goes on, now that the others know of it
+    if failures:
+        causes = {rank: failure.cause for rank, failure in failures.items()}
+        stacks = {
+            rank: traceback.StackSummary.from_list(list(failure.stack))
+            for rank, failure in failures.items()
+        }
+        raise RankFailedError(step, causes, stacks) from (
             mine.cause if mine is not None else next(iter(causes.values()))
         )

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from traceback import StackSummary
 
 __all__ = [
     "CheckpointExistsError",
@@ -154,18 +155,31 @@ class RankFailedError(ShardpointError, RuntimeError):
         The step in which they failed: ``"plan"``, ``"write"``, ``"commit"``, ``"read"``, ...
     causes
         Rank to the exception raised there.
+    stacks
+        Rank to where it was raised: exceptions lose their traceback on the way between
+        processes.
     """
 
-    def __init__(self, step: str, causes: Mapping[int, BaseException]) -> None:
+    def __init__(
+        self,
+        step: str,
+        causes: Mapping[int, BaseException],
+        stacks: Mapping[int, StackSummary] | None = None,
+    ) -> None:
         self.step = step
         self.causes: dict[int, BaseException] = dict(sorted(causes.items()))
-        super().__init__(step, self.causes)
+        self.stacks: dict[int, StackSummary] = dict(sorted((stacks or {}).items()))
+        super().__init__(step, self.causes, self.stacks)
+        for rank, stack in self.stacks.items():
+            frames = "".join(stack.format())
+            self.add_note(f"rank {rank}, most recent call last:\n{frames}".rstrip())
 
     def __str__(self) -> str:
         ranks = ", ".join(str(rank) for rank in self.causes)
         lines = [f"{self.step} failed on rank{'s' if len(self.causes) > 1 else ''} {ranks}"]
         for rank, cause in self.causes.items():
-            text = str(cause).replace("\n", "\n    ")
+            notes = getattr(cause, "__notes__", ())
+            text = "\n".join([str(cause), *notes]).replace("\n", "\n    ")
             lines.append(f"  rank {rank}: {type(cause).__name__}: {text}")
         return "\n".join(lines)
 

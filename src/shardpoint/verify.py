@@ -1,11 +1,11 @@
-"""Everything that is wrong with a checkpoint, found by reading all of it once."""
+"""Everything that is wrong with a checkpoint: by its index and files, or by reading all of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.planning.validate import find_problems
 from shardpoint.storage import Storage
 
-__all__ = ["VerifyReport", "verify_index"]
+__all__ = ["Progress", "VerifyReport", "file_sizes", "verify_index"]
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told, in the calling thread, how many bytes of tensors have been looked at, and of how many."""
 
 _BATCH_BYTES = 64 << 20
 _BATCH_CHUNKS = 4096
@@ -35,7 +38,7 @@ class VerifyReport:
         How many the index names.
     chunks_read
         How many chunks were read and compared with their checksum where there is one. Chunks
-        of tensors whose index entries are wrong are not read.
+        of tensors whose index entries are wrong are not read, and none in a quick look.
     bytes_read
         Bytes of tensor data and record headers that were read.
     seconds
@@ -70,25 +73,27 @@ def verify_index(
     *,
     allowed: Mapping[str, Callable[..., Any]],
     threads: int,
+    quick: bool,
+    progress: Progress | None,
 ) -> VerifyReport:
-    """Check the index against itself and the files, then read all chunks and objects.
+    """Check the index against itself and the files; unless `quick`, read all chunks and objects.
 
     Holds one batch of chunks (64 MiB, or one chunk where that is larger) at a time. Errors
     that are about the checkpoint become problems; nothing of shardpoint's is raised.
     """
     started = time.perf_counter()
-    sizes, problems = _file_sizes(index, storage)
+    sizes, problems = file_sizes(storage, index.files)
     problems += find_problems(index, rows=None, file_sizes=sizes)
-    wrong = {problem.key for problem in problems if problem.key is not None}
-    missing = {name for name, size in sizes.items() if size is None}
-    readable = _readable_chunks(index, missing, wrong)
     chunks_read = bytes_read = 0
-    for batch in _batches(index, readable):
-        count, nbytes, found = _read_chunks(index, storage, batch, threads)
-        chunks_read += count
-        bytes_read += nbytes
-        problems += found
-    problems += _object_problems(index, storage, allowed)
+    if not quick:
+        wrong = {problem.key for problem in problems if problem.key is not None}
+        missing = {name for name, size in sizes.items() if size is None}
+        readable = _readable_chunks(index, missing, wrong)
+        for count, nbytes, found in _read_all(index, storage, readable, threads, progress):
+            chunks_read += count
+            bytes_read += nbytes
+            problems += found
+        problems += _object_problems(index, storage, allowed)
     return VerifyReport(
         problems=tuple(dict.fromkeys(problems)),
         tensors=len(index.tensors),
@@ -100,13 +105,17 @@ def verify_index(
     )
 
 
-def _file_sizes(
-    index: CheckpointIndex, storage: Storage
+def file_sizes(
+    storage: Storage, names: Iterable[str]
 ) -> tuple[dict[str, int | None], list[Problem]]:
-    """Return the size of every file (None where it is missing or refused)."""
+    """Return the size of every file in bytes (None where it is missing or refused).
+
+    A file that is refused (a link that leads outside, no right to read) gives a problem; one
+    that is missing does not.
+    """
     sizes: dict[str, int | None] = {}
     problems = []
-    for name in index.files:
+    for name in names:
         try:
             sizes[name] = storage.size(name)
         except ShardpointError as error:
@@ -148,6 +157,23 @@ def _batches(index: CheckpointIndex, chunks: Sequence[int]) -> Iterator[list[int
         total += nbytes
     if batch:
         yield batch
+
+
+def _read_all(
+    index: CheckpointIndex,
+    storage: Storage,
+    chunks: Sequence[int],
+    threads: int,
+    progress: Progress | None,
+) -> Iterator[tuple[int, int, list[Problem]]]:
+    """Read batch after batch; give what `_read_chunks` gives of each."""
+    total = sum(_chunk_bytes(index, chunk) for chunk in chunks) if progress is not None else 0
+    done = 0
+    for batch in _batches(index, chunks):
+        yield _read_chunks(index, storage, batch, threads)
+        if progress is not None:
+            done += sum(_chunk_bytes(index, chunk) for chunk in batch)
+            progress(done, total)
 
 
 def _read_chunks(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from shardpoint.dcp.metadata import MetadataIndex
 from shardpoint.errors import NotSupportedError, PlanError
 
-__all__ = ["Box", "dtensor_box", "find_local", "is_in_mesh", "local_boxes", "shape_and_dtype"]
+__all__ = [
+    "Box",
+    "dtensor_box",
+    "find_local",
+    "is_checkpointable",
+    "is_in_mesh",
+    "local_boxes",
+    "overlaps_itself",
+    "shape_and_dtype",
+]
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""
@@ -20,6 +30,17 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 def is_in_mesh(tensor: DTensor) -> bool:
     """Whether this rank holds a part of the tensor at all."""
     return tensor.device_mesh.get_coordinate() is not None
+
+
+def is_checkpointable(value: Any) -> TypeGuard[Any]:
+    """Whether a value, or the local tensor of a `DTensor`, brings its own chunks.
+
+    That is torch's protocol for tensor subclasses: ``__create_write_items__``,
+    ``__create_chunk_list__`` and ``__get_tensor_shard__``.
+    """
+    if isinstance(value, DTensor):
+        return is_in_mesh(value) and hasattr(value._local_tensor, "__create_write_items__")
+    return hasattr(value, "__create_write_items__")
 
 
 def dtensor_box(tensor: DTensor) -> Box:
@@ -57,8 +78,23 @@ def shape_and_dtype(value: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(value.shape), value.dtype
 
 
+def overlaps_itself(value: torch.Tensor) -> bool:
+    """Whether several elements of a plain or local tensor lie at one place in memory."""
+    if isinstance(value, ShardedTensor):
+        return any(overlaps_itself(shard.tensor) for shard in value.local_shards())
+    if is_checkpointable(value):
+        return False
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return any(
+        size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)
+    )
+
+
 def local_boxes(value: torch.Tensor) -> list[Box]:
     """Return the boxes of a tensor that this rank holds; none where it has no part in it."""
+    if is_checkpointable(value):
+        chunks = value.__create_chunk_list__()
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, DTensor):
         return [dtensor_box(value)] if is_in_mesh(value) else []
     if isinstance(value, ShardedTensor):
@@ -77,6 +113,9 @@ def find_local(key: str, value: Any, offset: torch.Size | None, hint: int | None
     PlanError
         If this rank holds no such chunk.
     """
+    if is_checkpointable(value):
+        found: torch.Tensor = value.__get_tensor_shard__(MetadataIndex(key, offset, hint))
+        return found
     if isinstance(value, DTensor):
         return value.to_local()
     if isinstance(value, ShardedTensor):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shardpoint.dcp._layouts import Box, local_boxes, shape_and_dtype
+from shardpoint.dcp._layouts import Box, local_boxes, overlaps_itself, shape_and_dtype
 from shardpoint.dcp._read_items import ReadColumns, ReadTable
 from shardpoint.dcp._tensors import is_narrowing, torch_dtype
 from shardpoint.dcp.planner import LoadPlan
@@ -65,10 +65,8 @@ def plan_load(
                 tensors += [(key, row, box, hint) for hint, box in enumerate(found)]
         elif key not in object_keys:
             missing.append(key)
-        elif isinstance(value, torch.Tensor):
-            problems.append(Problem("saved as an object, wanted as a tensor", key))
         else:
-            objects.append(key)
+            objects.append(key)  # replaces whatever is there, a tensor too
     if strict:
         problems += [Problem("not in the checkpoint", key) for key in missing]
     _report_narrowing(narrowed, on_narrowing, problems)
@@ -94,6 +92,8 @@ def _check_tensor(
     shape, wanted_dtype = shape_and_dtype(value)
     if shape != saved:
         return Problem(f"saved with shape {saved}, wanted with shape {shape}", key)
+    if overlaps_itself(value):
+        return Problem("the tensor to fill is expanded: its elements share memory", key)
     try:
         if is_narrowing(torch_dtype(dtype), wanted_dtype):
             narrowed.append(f"{key!r} from {dtype.name} to {str(wanted_dtype)[6:]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,17 +83,23 @@ for _name in _METHODS:
     setattr(_View, _name, _filling(_name))
 
 
-def metadata_of(index: CheckpointIndex, storage_info: Callable[..., Any]) -> Metadata:
-    """Return torch's view of an index; `storage_info` makes the entries of `storage_data`."""
+def metadata_of(index: CheckpointIndex, storage_info: Callable[..., Any] | None) -> Metadata:
+    """Return torch's view of an index.
+
+    `storage_info` makes the entries of `storage_data`; None where nothing is written yet.
+    """
     meta = index.storage_meta
     metadata = Metadata(
         state_dict_metadata=_View(lambda: _state_dict_metadata(index)),
-        planner_data=None if index.paths is None else dict(index.paths),
-        storage_data=_View(lambda: _storage_data(index, storage_info)),
+        planner_data=_planner_data(index) if index.paths is None else dict(index.paths),
+        storage_data=None
+        if storage_info is None
+        else _View(lambda: _storage_data(index, storage_info)),
         storage_meta=None if meta is None else StorageMeta(**meta),
         version=index.version,
     )
     metadata._index = index  # type: ignore[attr-defined]
+    metadata._storage_info = storage_info  # type: ignore[attr-defined]
     return metadata
 
 
@@ -146,16 +153,44 @@ def index_of(metadata: Any) -> CheckpointIndex:
     it came from; else they are made once.
     """
     index: CheckpointIndex | None = getattr(metadata, "_index", None)
-    described, stored = metadata.state_dict_metadata, metadata.storage_data
-    if (
-        index is not None
-        and isinstance(described, _View)
-        and isinstance(stored, _View)
-        and described.untouched
-        and stored.untouched
-    ):
+    if index is None or not _is_unchanged(metadata, index):
+        return _columns(metadata)
+    if metadata.planner_data == _planner_data(index):
         return index
-    return _columns(metadata)
+    return replace(index, **_planner_fields(metadata.planner_data))
+
+
+def _is_unchanged(metadata: Any, index: CheckpointIndex) -> bool:
+    """Whether the metadata still says what the index does; what nobody looked at does."""
+    described, stored = metadata.state_dict_metadata, metadata.storage_data
+    if not (isinstance(described, _View) and described.untouched) and (
+        described != _state_dict_metadata(index)
+    ):
+        return False
+    if stored is None or (isinstance(stored, _View) and stored.untouched):
+        return True
+    info = getattr(metadata, "_storage_info", None)
+    return info is not None and bool(stored == _storage_data(index, info))
+
+
+def _planner_data(index: CheckpointIndex) -> Any:
+    return index.paths if index.planner_data is None else index.planner_data
+
+
+def _planner_fields(data: Any) -> dict[str, Any]:
+    """Return the index's fields for what a planner wants stored."""
+    if data is None:
+        return {"paths": None, "planner_data": None}
+    paths = {
+        key: path
+        for key, path in (data.items() if isinstance(data, dict) else ())
+        if isinstance(key, str)
+        and isinstance(path, tuple)
+        and path
+        and all(type(part) in (str, int) for part in path)
+    }
+    whole = isinstance(data, dict) and len(paths) == len(data)
+    return {"paths": paths or (paths if whole else None), "planner_data": None if whole else data}
 
 
 def _columns(metadata: Any) -> CheckpointIndex:
@@ -183,16 +218,17 @@ def _columns(metadata: Any) -> CheckpointIndex:
             )
         )
     meta = metadata.storage_meta
-    return build_index(
+    index = build_index(
         tensors,
         objects,
         key_order=list(metadata.state_dict_metadata),
-        paths=metadata.planner_data,
+        paths=None,
         storage_meta=None if meta is None else dict(vars(meta)),
         version=metadata.version,
         source="dcp",
         metadata_files=[],
     )
+    return replace(index, **_planner_fields(metadata.planner_data))
 
 
 def _place(info: Any) -> tuple[str | None, int, int, tuple[str, ...]]:

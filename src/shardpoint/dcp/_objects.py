@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,10 @@ __all__ = ["TorchFactory", "object_streams", "read_object", "write_object"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _MOST_PLAIN_DEPTH = 8
+
+# The protocol-2 pickles of a float, and of an int from 0 to 255.
+_FLOAT, _FLOAT_BEGIN = struct.Struct(">3sds"), b"\x80\x02G"
+_BYTE, _BYTE_BEGIN = struct.Struct(">3sBs"), b"\x80\x02K"
 
 
 def write_object(value: Any) -> io.BytesIO:
@@ -68,6 +73,11 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
         If it is damaged.
     """
     data, load_storage = read_object_pickle(stream.getbuffer(), file="(object)", key=key)
+    # Most objects are the numbers of an optimizer; those need no machine.
+    if len(data) == _FLOAT.size and data[:3] == _FLOAT_BEGIN and data[-1:] == b".":
+        return _FLOAT.unpack(data)[1]
+    if len(data) == _BYTE.size and data[:3] == _BYTE_BEGIN and data[-1:] == b".":
+        return data[3]
     return decode_object(
         data,
         load_storage=load_storage,

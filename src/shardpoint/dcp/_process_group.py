@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, SingleProcess
-from shardpoint.errors import ShardpointError
+from shardpoint.errors import PlanError, ShardpointError
 
 __all__ = ["ProcessGroupCoordinator", "coordinator_for"]
 
@@ -50,7 +50,8 @@ class ProcessGroupCoordinator:
 
     def __init__(self, process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
         group = process_group if process_group is not None else dist.group.WORLD
-        assert group is not None
+        if not isinstance(group, dist.ProcessGroup):
+            raise PlanError("this process is not a rank of the given process group")
         self._group = _cpu_group(group)
         self._rank: int = dist.get_rank(self._group)
         self._world_size: int = dist.get_world_size(self._group)

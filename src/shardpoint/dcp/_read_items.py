@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp.metadata import MetadataIndex
 from shardpoint.dcp.planner import LoadItemType, ReadItem
 
@@ -47,46 +48,21 @@ class ReadColumns:
     lengths: Int64Array
 
 
-class ReadTable(Sequence[ReadItem]):
+class ReadTable(LazyList[ReadItem, ReadColumns]):
     """Columns that look like a list of read items."""
 
-    def __init__(self, columns: ReadColumns) -> None:
-        self.columns = columns
+    def _count(self) -> int:
+        return len(self._columns.keys)
 
-    def __len__(self) -> int:
-        return len(self.columns.keys)
-
-    @overload
-    def __getitem__(self, position: int) -> ReadItem: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[ReadItem]: ...
-    def __getitem__(self, position: int | slice) -> ReadItem | list[ReadItem]:
-        if isinstance(position, slice):
-            return [self[row] for row in range(*position.indices(len(self)))]
-        return self._make(range(len(self))[position])
-
-    def __iter__(self) -> Iterator[ReadItem]:
-        return (self._make(row) for row in range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __add__(self, other: Sequence[ReadItem]) -> list[ReadItem]:
-        return [*self, *other]
-
-    def __radd__(self, other: Sequence[ReadItem]) -> list[ReadItem]:
-        return [*other, *self]
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} read items>"
+    def _columns_from(self, items: Iterable[ReadItem]) -> ReadColumns:
+        raise TypeError("read items are never turned back into columns")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.columns,)
+        # only plans that planners look at are sent to other ranks
+        return list, (list(self),)
 
     def _make(self, row: int) -> ReadItem:
-        columns = self.columns
+        columns = self._columns
         key, rank = columns.keys[row], int(columns.ndim[row])
         if rank < 0:
             nowhere = torch.Size((0,))

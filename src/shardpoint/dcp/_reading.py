@@ -84,5 +84,8 @@ class _PlannerTarget:
         assert tensor is not None
         if self._buffer is not None:
             tensor.copy_(wrap(self._buffer, self._dtype))
+        else:
+            # autograd has to know that a tensor it may have saved has changed
+            torch.autograd.graph.increment_version(tensor)
         self._planner.commit_tensor(self._item, tensor)
         self._tensor = self._buffer = None

@@ -14,7 +14,7 @@ from shardpoint.dcp._tensors import dense_strides, dtype_of, host_memory
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.planner import SavePlanner, WriteItem, WriteItemType
 from shardpoint.engine.writing import ArraySource, RecordSource
-from shardpoint.errors import NotSupportedError, PlanError
+from shardpoint.errors import NotSupportedError, PlanError, ShardpointError
 from shardpoint.formats.torch_record import TensorRecordLayout
 
 __all__ = ["memory_bytes", "record_of", "uses_default_lookup"]
@@ -50,7 +50,13 @@ def record_of(planner: SavePlanner, item: WriteItem, *, keep: bool) -> RecordSou
     PlanError
         If the planner gives something else than the item announces.
     """
-    data: Any = planner.resolve_data(item)
+    try:
+        data: Any = planner.resolve_data(item)
+    except ShardpointError:
+        raise
+    except Exception as error:
+        error.add_note(f"while saving key {item.index.fqn!r}")
+        raise
     if item.type.name == WriteItemType.BYTE_IO.name:
         return _object_record(item, data)
     tensor = _checked(item, data)

@@ -16,7 +16,12 @@ from shardpoint.tree import Path, Rules, flatten
 
 __all__ = ["call_state_dict", "flatten_state", "is_stateful", "materialize_meta_tensors", "set_at"]
 
-_NEVER_STATEFUL = (torch.Tensor, int, float, str, bytes, dict, list, tuple, type(None))
+_NEVER_STATEFUL = frozenset(
+    [
+        *(torch.Tensor, torch.nn.Parameter, DTensor, bool, int, float, str, bytes),
+        *(dict, list, tuple, type(None)),
+    ]
+)
 
 
 def flatten_state(
@@ -36,7 +41,7 @@ def call_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_stateful(value: Any) -> TypeGuard[Stateful]:
     """Whether a value is a `Stateful`; tensors and numbers, by the thousands, never are."""
-    return not isinstance(value, _NEVER_STATEFUL) and isinstance(value, Stateful)
+    return type(value) not in _NEVER_STATEFUL and isinstance(value, Stateful)
 
 
 def set_at(nested: Any, path: Sequence[str | int], value: Any) -> None:

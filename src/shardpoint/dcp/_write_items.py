@@ -1,20 +1,17 @@
-"""Write items as columns, and the view that shows columns as write items.
-
-A `WriteTable` makes an item when one is looked at and keeps it: planners may change the
-properties of an item they were given, so a kept item counts more than its row.
-"""
+"""Write items as columns, and the view that shows columns as write items."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardpoint.dcp._layouts import dtensor_box, is_in_mesh
+from shardpoint.dcp._layouts import dtensor_box, is_checkpointable, is_in_mesh
+from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp._tensors import dtype_of, torch_dtype
 from shardpoint.dcp.metadata import (
     _MEMORY_FORMATS,
@@ -73,6 +70,23 @@ class _Rows:
             )
         )
 
+    def add_item(self, item: Any) -> None:
+        """Add a write item, ours or torch's."""
+        hint = -1 if item.index.index is None else item.index.index
+        data = item.tensor_data
+        if data is None:
+            self.add_object(item.index.fqn, hint)
+            return
+        self.add_chunk(
+            item.index.fqn,
+            _KINDS[item.type.name],
+            data.properties,
+            data.size,
+            data.chunk.offsets,
+            data.chunk.sizes,
+            hint,
+        )
+
     def columns(self) -> WriteColumns:
         axes = max((len(shape) for shape, _, _ in self.boxes), default=0)
         boxes = np.empty((3, len(self.keys), axes), np.int64)
@@ -116,7 +130,10 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
 
 
 def _describe(rows: _Rows, key: str, value: Any) -> None:
-    if isinstance(value, DTensor):
+    if is_checkpointable(value):
+        for item in value.__create_write_items__(key, value):
+            rows.add_item(item)
+    elif isinstance(value, DTensor):
         if is_in_mesh(value):
             properties = TensorProperties.create_from_tensor(value.to_local())
             rows.add_chunk(key, SHARD, properties, value.shape, *dtensor_box(value))
@@ -136,6 +153,8 @@ def _describe(rows: _Rows, key: str, value: Any) -> None:
                 key, SHARD, properties, metadata.size, box.shard_offsets, box.shard_sizes
             )
     elif isinstance(value, torch.Tensor):
+        if value.device.type == "meta":
+            raise NotSupportedError("a tensor on the meta device has no values to save")
         rows.add_chunk(
             key,
             TENSOR,
@@ -163,54 +182,14 @@ def properties_of(columns: Any, row: int) -> TensorProperties:
     )
 
 
-class WriteTable(Sequence[WriteItem]):
+class WriteTable(LazyList[WriteItem, WriteColumns]):
     """Columns that look like a list of write items."""
 
-    def __init__(self, columns: WriteColumns) -> None:
-        self._columns = columns
-        self._kept: dict[int, WriteItem] = {}
-
-    def __len__(self) -> int:
+    def _count(self) -> int:
         return len(self._columns)
 
-    @overload
-    def __getitem__(self, position: int) -> WriteItem: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[WriteItem]: ...
-    def __getitem__(self, position: int | slice) -> WriteItem | list[WriteItem]:
-        if isinstance(position, slice):
-            return [self[row] for row in range(*position.indices(len(self)))]
-        row = range(len(self))[position]
-        if row not in self._kept:
-            self._kept[row] = self._make(row)
-        return self._kept[row]
-
-    def __iter__(self) -> Iterator[WriteItem]:
-        return (self[row] for row in range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __add__(self, other: Sequence[WriteItem]) -> list[WriteItem]:
-        return [*self, *other]
-
-    def __radd__(self, other: Sequence[WriteItem]) -> list[WriteItem]:
-        return [*other, *self]
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} write items>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.columns,)
-
-    @property
-    def columns(self) -> WriteColumns:
-        """The columns, with what planners changed in the items they looked at."""
-        if self._kept and any(item != self._make(row) for row, item in self._kept.items()):
-            self._columns = _columns_from_items(self)
-        return self._columns
+    def _columns_from(self, items: Iterable[WriteItem]) -> WriteColumns:
+        return _columns_from_items(items)
 
     def _make(self, row: int) -> WriteItem:
         columns = self._columns
@@ -239,18 +218,5 @@ def columns_of(items: Iterable[Any]) -> WriteColumns:
 def _columns_from_items(items: Iterable[Any]) -> WriteColumns:
     rows = _Rows()
     for item in items:
-        hint = -1 if item.index.index is None else item.index.index
-        data = item.tensor_data
-        if data is None:
-            rows.add_object(item.index.fqn, hint)
-        else:
-            rows.add_chunk(
-                item.index.fqn,
-                _KINDS[item.type.name],
-                data.properties,
-                data.size,
-                data.chunk.offsets,
-                data.chunk.sizes,
-                hint,
-            )
+        rows.add_item(item)
     return rows.columns()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp.metadata import MetadataIndex
 from shardpoint.dcp.planner import WriteItem
 from shardpoint.dcp.storage import WriteResult
@@ -17,45 +19,38 @@ __all__ = ["ResultTable", "results_of", "written_by"]
 Span = tuple[int, int]
 
 
-class ResultTable(Sequence[WriteResult]):
-    """Columns that look like a list of write results.
+@dataclass(frozen=True, slots=True, eq=False)
+class ResultColumns:
+    """Where rows were written, and what makes the `storage_data` of a result.
 
-    Parameters
-    ----------
-    written
-        The columns.
-    storage_info
-        Makes the `storage_data` of a result from file, offset, length and transforms.
+    `storage_info` takes file, offset, length and transforms.
     """
 
-    def __init__(self, written: Written, storage_info: Any) -> None:
-        self.written = written
-        self._storage_info = storage_info
+    written: Written
+    storage_info: Callable[..., Any]
 
-    def __len__(self) -> int:
-        return len(self.written.keys)
 
-    @overload
-    def __getitem__(self, position: int) -> WriteResult: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[WriteResult]: ...
-    def __getitem__(self, position: int | slice) -> WriteResult | list[WriteResult]:
-        if isinstance(position, slice):
-            return [self[row] for row in range(*position.indices(len(self)))]
-        row = range(len(self))[position]
-        written = self.written
+class ResultTable(LazyList[WriteResult, ResultColumns]):
+    """Columns that look like a list of write results."""
+
+    def _count(self) -> int:
+        return len(self._columns.written.keys)
+
+    def _columns_from(self, items: Iterable[WriteResult]) -> ResultColumns:
+        return ResultColumns(_written(items), self._columns.storage_info)
+
+    def _make(self, row: int) -> WriteResult:
+        written = self._columns.written
         axes = int(written.ndim[row])
         offset = None if written.is_object[row] else written.offsets[row, :axes].tolist()
         length = int(written.length[row])
-        transforms = list(written.transforms[row]) or None
-        place = self._storage_info(written.file[row], int(written.offset[row]), length, transforms)
+        place = self._columns.storage_info(
+            written.file[row],
+            int(written.offset[row]),
+            length,
+            list(written.transforms[row]) or None,
+        )
         return WriteResult(MetadataIndex(written.keys[row], offset), length, place)
-
-    def __iter__(self) -> Iterator[WriteResult]:
-        return (self[row] for row in range(len(self)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.written, self._storage_info)
 
 
 def results_of(
@@ -69,26 +64,14 @@ def results_of(
         for name, items in files.items()
         for item, span in zip(items, spans[name], strict=True)
     ]
-    return ResultTable(
-        _columns((index, name, *span, ()) for index, name, span in rows), storage_info
-    )
+    written = _columns((index, name, *span, ()) for index, name, span in rows)
+    return ResultTable(ResultColumns(written, storage_info))
 
 
 def written_by(results: Iterable[Sequence[Any]]) -> Written:
     """Return the results of all ranks as columns; a plain list may hold torch's results."""
     parts = [
-        rank.written
-        if isinstance(rank, ResultTable)
-        else _columns(
-            (
-                result.index,
-                result.storage_data.relative_path,
-                result.storage_data.offset,
-                result.storage_data.length,
-                tuple(result.storage_data.transform_descriptors or ()),
-            )
-            for result in rank
-        )
+        rank.columns.written if isinstance(rank, ResultTable) else _written(rank)
         for rank in results
     ]
     axes = max((part.offsets.shape[1] for part in parts), default=0)
@@ -106,6 +89,20 @@ def written_by(results: Iterable[Sequence[Any]]) -> Written:
         offset=np.concatenate([np.zeros(0, np.int64), *(part.offset for part in parts)]),
         length=np.concatenate([np.zeros(0, np.int64), *(part.length for part in parts)]),
         transforms=[transforms for part in parts for transforms in part.transforms],
+    )
+
+
+def _written(results: Iterable[Any]) -> Written:
+    places = [(result.index, result.storage_data) for result in results]
+    return _columns(
+        (
+            index,
+            str(place.relative_path),
+            place.offset,
+            place.length,
+            tuple(place.transform_descriptors or ()),
+        )
+        for index, place in places
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from shardpoint.errors import RankFailedError
+from shardpoint.errors import PlanError, RankFailedError
 
 __all__ = ["CheckpointException"]
 
@@ -29,7 +29,11 @@ class CheckpointException(RankFailedError):
     """
 
     def __init__(self, msg: str, failures: Mapping[int, WRAPPED_EXCEPTION]) -> None:
-        super().__init__(msg, {rank: pair[0] for rank, pair in failures.items()})
+        super().__init__(
+            msg,
+            {rank: cause for rank, (cause, _) in failures.items()},
+            {rank: stack for rank, (_, stack) in failures.items()},
+        )
         self._failures = dict(failures)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -41,6 +45,20 @@ class CheckpointException(RankFailedError):
         return self._failures
 
 
+def refuse_torchs_own(part: object, name: str) -> None:
+    """Raise where a planner or storage is one of torch's own classes, or extends one.
+
+    They look for torch's metadata classes and would fail half-way. (Save planners do not, and
+    are welcome.)
+    """
+    for base in type(part).__mro__:
+        if base.__module__.startswith("torch.distributed.checkpoint."):
+            raise PlanError(
+                f"the {name} is a {base.__module__}.{base.__qualname__}; give the class of that "
+                f"name from shardpoint.dcp, or one that extends it"
+            )
+
+
 @contextmanager
 def checkpoint_exceptions() -> Iterator[None]:
     """Turn the engine's `RankFailedError` into the `CheckpointException` of this API."""
@@ -49,8 +67,5 @@ def checkpoint_exceptions() -> Iterator[None]:
     except CheckpointException:
         raise
     except RankFailedError as error:
-        failures = {
-            rank: (cause, traceback.extract_tb(cause.__traceback__))
-            for rank, cause in error.causes.items()
-        }
+        failures = {rank: (cause, error.stacks[rank]) for rank, cause in error.causes.items()}
         raise CheckpointException(error.step, failures) from error.__cause__

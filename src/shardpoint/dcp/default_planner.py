@@ -6,7 +6,7 @@ import dataclasses
 import io
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -62,6 +62,8 @@ class DefaultSavePlanner(SavePlanner):
         Without effect, as in torch.
     dedup_save_to_lowest_rank
         Give what several ranks hold to the lowest of them, instead of balancing by bytes.
+    enable_plan_caching
+        Accepted for torch's sake: plans are made anew, which takes little time here.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class DefaultSavePlanner(SavePlanner):
         flatten_sharded_tensors: bool = True,
         dedup_replicated_tensors: bool | None = None,
         dedup_save_to_lowest_rank: bool = False,
+        enable_plan_caching: bool = False,
     ) -> None:
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
@@ -107,7 +110,7 @@ class DefaultSavePlanner(SavePlanner):
         if self.flatten_state_dict:
             paths = dict(ChainMap(*_distinct(plan.planner_data for plan in all_plans)))
             index = dataclasses.replace(index_of(metadata), paths=paths)
-            metadata = metadata_of(index, _no_storage)
+            metadata = metadata_of(index, None)
         self.metadata = metadata
         return self.global_plan, metadata
 
@@ -164,6 +167,8 @@ class DefaultLoadPlanner(LoadPlanner):
         on_narrowing: Narrowing = "warn",
         allowed: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
+        if on_narrowing not in get_args(Narrowing):
+            raise PlanError(f"on_narrowing is {on_narrowing!r}; one of {get_args(Narrowing)}")
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.allow_partial_load = allow_partial_load
@@ -330,7 +335,7 @@ def create_default_global_save_plan(
             dataclasses.replace(plan, items=WriteTable(rows.with_hint(hint)))
             for plan, rows, hint in zip(all_plans, columns, hints, strict=True)
         ]
-    return all_plans, metadata_of(index, _no_storage)
+    return all_plans, metadata_of(index, None)
 
 
 def create_default_local_load_plan(
@@ -367,7 +372,3 @@ def _distinct(mappings: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if mapping is not None and mapping not in kept[:8]:
             kept.append(dict(mapping))
     return kept
-
-
-def _no_storage(*_: Any) -> None:
-    """The entries of `storage_data` before anything is written: there are none."""

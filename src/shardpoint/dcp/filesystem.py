@@ -54,6 +54,12 @@ DEFAULT_SUFFIX = ".distcp"
 CURRENT_DCP_VERSION = "1.0.0"
 
 
+def is_local(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether this is a path, and not a URL or nothing at all."""
+    text = os.fspath(checkpoint_id)
+    return bool(text) and "://" not in text
+
+
 class SerializationFormat(Enum):
     """What a data file's tensor entries are."""
 
@@ -109,10 +115,12 @@ class FileSystemWriter(StorageWriter):
         Writing threads of each rank; each has its own file.
     per_thread_copy_ahead
         Accepted for torch's sake: copies from a device are made one tensor at a time.
+    cache_staged_state_dict
+        Accepted for torch's sake: it concerns asynchronous saves.
     overwrite
         Replace a checkpoint that is there already, instead of an error.
-    serialization_format
-        Only ``TORCH_SAVE`` can be written so far.
+    _extensions, serialization_format
+        Nothing but plain ``TORCH_SAVE`` can be written so far.
     """
 
     def __init__(
@@ -122,10 +130,14 @@ class FileSystemWriter(StorageWriter):
         sync_files: bool = True,
         thread_count: int = 1,
         per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
         overwrite: bool = True,
+        _extensions: Sequence[Any] | None = None,
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
     ) -> None:
-        if serialization_format is not SerializationFormat.TORCH_SAVE:
+        if _extensions:
+            raise NotSupportedError("writing through extensions is not supported")
+        if serialization_format.value != SerializationFormat.TORCH_SAVE.value:
             raise NotSupportedError(f"writing {serialization_format} is not supported")
         if thread_count < 1:
             raise PlanError(f"thread_count must be at least 1, not {thread_count}")
@@ -156,7 +168,7 @@ class FileSystemWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return is_local(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
@@ -180,7 +192,8 @@ class FileSystemWriter(StorageWriter):
                 f"{self.path} holds a checkpoint saved with collectives, which ranks that save "
                 f"without them cannot replace: give another folder"
             )
-        prefix = committing.data_prefix(self.rank or 0, committing.new_token(self.storage))
+        rank = self.rank or 0
+        prefix = committing.data_prefix(rank, committing.new_token(self.storage, rank))
         return replace(plan, storage_data=_StoragePrefix(prefix))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -301,7 +314,6 @@ class FileSystemReader(StorageReader):
         self.path = Path(path)
         self.load_id = secrets.token_hex(16)
         self.statistics: ReadStatistics | None = None
-        self._metadata: Metadata | None = None
         self._index: CheckpointIndex | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -314,7 +326,7 @@ class FileSystemReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return is_local(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self._index, self.storage = open_index(
@@ -324,7 +336,6 @@ class FileSystemReader(StorageReader):
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
-        self._metadata = metadata
         return metadata
 
     @property
@@ -335,8 +346,7 @@ class FileSystemReader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        if metadata is not self._metadata or self._index is None:
-            self._index = index_of(metadata)
+        self._index = index_of(metadata)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -353,17 +363,20 @@ class FileSystemReader(StorageReader):
         for item in plan.items:
             is_object = item.type.name == LoadItemType.BYTE_IO.name
             (objects if is_object else tensors).append(item)
-        self.statistics = read_tensors(
+        # objects first: one that may not be decoded is found before any tensor is changed
+        rows = {key: row for row, key in enumerate(index.objects.keys)}
+        items = {rows[item.storage_index.fqn]: item for item in objects}
+        for row, stream in object_streams(index, self.storage, list(items)):
+            planner.load_bytes(items[row], stream)
+        statistics = read_tensors(
             index,
             self.storage,
             requests_for(index, tensors, planner),
             threads=self.thread_count,
             verify=self.verify,
         )
-        rows = {key: row for row, key in enumerate(index.objects.keys)}
-        items = {rows[item.storage_index.fqn]: item for item in objects}
-        for row, stream in object_streams(index, self.storage, list(items)):
-            planner.load_bytes(items[row], stream)
+        object_bytes = int(index.objects.record_length[list(items)].sum())
+        self.statistics = replace(statistics, bytes_read=statistics.bytes_read + object_bytes)
         future: Future[None] = Future()
         future.set_result(None)
         return future

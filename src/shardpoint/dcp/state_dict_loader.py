@@ -16,7 +16,7 @@ import torch.distributed as dist
 from shardpoint.coordination import Coordinator, agree, gather_scatter
 from shardpoint.dcp._process_group import coordinator_for
 from shardpoint.dcp._state import is_stateful
-from shardpoint.dcp.api import checkpoint_exceptions
+from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
 from shardpoint.dcp.default_planner import (
     DefaultLoadPlanner,
     Narrowing,
@@ -152,8 +152,8 @@ def _states(state_dict: STATE_DICT_TYPE) -> dict[str, Any]:
 
 
 def _hand_back(state_dict: STATE_DICT_TYPE, loaded: dict[str, Any]) -> None:
-    for key, value in loaded.items():
-        target = state_dict[key]
+    for key, target in list(state_dict.items()):
+        value = loaded[key]
         if is_stateful(target):
             target.load_state_dict(value)
         else:
@@ -207,6 +207,8 @@ class _Load:
 
     def _plan_locally(self) -> LoadPlan:
         reader = self.reader = self.make_reader()
+        refuse_torchs_own(reader, "storage reader")
+        refuse_torchs_own(self.planner, "load planner")
         self.loaded = self.state()
         rank, is_coordinator = self.coordinator.rank, self.coordinator.is_coordinator
         metadata, use_collectives = _read_metadata(reader, rank)
@@ -233,14 +235,15 @@ def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
     Our own reader finds by itself what there is. Others are asked for the whole first and,
     where they can tell ranks apart, for this rank's then, as torch does.
     """
+    parameters = inspect.signature(reader.read_metadata).parameters
+    takes_rank = any(p.kind is p.VAR_KEYWORD or p.name == "rank" for p in parameters.values())
     if isinstance(reader, FileSystemReader):
-        metadata = reader.read_metadata(rank=rank)
+        metadata = reader.read_metadata(rank=rank) if takes_rank else reader.read_metadata()
         return metadata, not reader.is_per_rank
     try:
         return reader.read_metadata(), True
     except Exception:
-        parameters = inspect.signature(reader.read_metadata).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if not takes_rank:
             raise
         logger.info("no metadata for all ranks, looking for that of rank %d", rank)
         return reader.read_metadata(rank=rank), False

@@ -23,7 +23,7 @@ from shardpoint.coordination import (
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._process_group import coordinator_for
 from shardpoint.dcp._state import call_state_dict
-from shardpoint.dcp.api import checkpoint_exceptions
+from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.filesystem import FileSystemWriter, _StorageInfo
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
@@ -146,6 +146,7 @@ class _Save:
 
     def plan_locally(self) -> SavePlan:
         writer = self.writer = self.make_writer()
+        refuse_torchs_own(writer, "storage writer")
         is_coordinator = self.coordinator.is_coordinator
         _set_up_planner(self.planner, self.state(), writer, is_coordinator)
         _set_up_writer(

@@ -34,9 +34,14 @@ def rank_metadata_name(rank: int) -> str:
     return f"__{rank}.metadata"
 
 
-def new_token(storage: Storage) -> str:
-    """Return what makes file names fresh: nothing in an empty place, as torch names files."""
-    taken = any(_DATA_FILE.fullmatch(name) for name in storage.list())
+def new_token(storage: Storage, rank: int | None = None) -> str:
+    """Return what makes file names fresh: nothing in an empty place, as torch names files.
+
+    With `rank`, only that rank's files count, where ranks save without each other.
+    """
+    begin = "__" if rank is None else f"__{rank}_"
+    names = (name for name in storage.list() if name.startswith(begin))
+    taken = any(_DATA_FILE.fullmatch(name) for name in names)
     return f"{secrets.token_hex(4)}_" if taken else ""
 
 

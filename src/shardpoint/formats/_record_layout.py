@@ -1,4 +1,4 @@
-"""Writes torch.save records by byte layout: of one tensor, or of a pickle with storages.
+"""Writes torch.save records of tensors by byte layout.
 
 The bytes are those of torch 2.13's own ``torch.save`` for the same tensor, but for the 40
 digits of ``.data/serialization_id``, a fingerprint that nothing reads.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardpoint.dtypes import BY_NAME, DType
@@ -31,22 +30,33 @@ from shardpoint.formats._zip_writing import (
 from shardpoint.formats.checksum import BytesLike, crc32
 from shardpoint.index import row_major_strides
 
-__all__ = ["TensorRecordLayout", "object_record"]
+__all__ = [
+    "BEFORE",
+    "FIELD",
+    "FINGERPRINT",
+    "FINGERPRINT_LENGTH",
+    "PICKLE",
+    "PREFIX",
+    "VERSION",
+    "TensorRecordLayout",
+    "Zip",
+]
 
-_PREFIX = b"archive/"
-_PICKLE = _PREFIX + b"data.pkl"
-_PAYLOAD = _PREFIX + b"data/0"
-_FINGERPRINT = _PREFIX + b".data/serialization_id"
-_FINGERPRINT_LENGTH = 40
-_FIELD = struct.Struct("<L")
+PREFIX = b"archive/"
+PICKLE = PREFIX + b"data.pkl"
+_PAYLOAD = PREFIX + b"data/0"
+FINGERPRINT = PREFIX + b".data/serialization_id"
+FINGERPRINT_LENGTH = 40
+_HALF = FINGERPRINT_LENGTH // 2  # one CRC-32 in decimal
+FIELD = struct.Struct("<L")
 _WIDE_FIELD = struct.Struct("<Q")
 _SURELY_SMALL = (1 << 32) - (1 << 20)  # head and tail have far less than 1 MiB
-_BEFORE = (
-    (_PREFIX + b".format_version", b"1"),
-    (_PREFIX + b".storage_alignment", b"64"),
-    (_PREFIX + b"byteorder", b"little"),
+BEFORE = (
+    (PREFIX + b".format_version", b"1"),
+    (PREFIX + b".storage_alignment", b"64"),
+    (PREFIX + b"byteorder", b"little"),
 )
-_VERSION = (_PREFIX + b"version", b"3\n")
+VERSION = (PREFIX + b"version", b"3\n")
 
 
 class TensorRecordLayout:
@@ -79,7 +89,7 @@ class TensorRecordLayout:
         If shape or strides have a negative number or do not fit each other.
     """
 
-    __slots__ = ("_frame", "_pickle_crc", "head", "length", "payload_length", "tail_length")
+    __slots__ = ("_frame", "_tail", "head", "length", "payload_length", "tail_length")
 
     def __init__(
         self,
@@ -90,27 +100,33 @@ class TensorRecordLayout:
     ) -> None:
         # The dtype's name, since hashing a DType hashes all that it has.
         prepared = _prepare(dtype.name, shape, strides, requires_grad)
-        self.head, self.payload_length, self._frame, self._pickle_crc = prepared
-        self.tail_length = len(self._frame.tail)
+        self.head, self.payload_length, self._frame, self._tail = prepared
+        self.tail_length = len(self._tail)
         self.length = len(self.head) + self.payload_length + self.tail_length
 
     def tail(self, crc: int) -> bytes:
         """Return the bytes after a payload of that CRC-32."""
-        return self._frame.fill_tail(self.payload_length, self._pickle_crc, crc)
+        return self._frame.finish_tail(self._tail, crc)
+
+    def tail_fields(self) -> list[tuple[int, int]]:
+        """Return position and length of what differs between tails of records of this form."""
+        frame = self._frame
+        crcs = (*frame.payload_crcs_at, *frame.fingerprint_crcs_at)
+        return [(frame.fingerprint_at, FINGERPRINT_LENGTH), *((at, FIELD.size) for at in crcs)]
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
     dtype_name: str, shape: tuple[int, ...], strides: tuple[int, ...] | None, requires_grad: bool
-) -> tuple[bytes, int, _Frame, int]:
-    """Return head, payload length, frame, and the pickle's CRC-32."""
+) -> tuple[bytes, int, _Frame, bytes]:
+    """Return head, payload length, frame, and the tail but for the payload's CRC-32."""
     dtype = BY_NAME[dtype_name]
     pickle, payload_length = _tensor_pickle(dtype, shape, strides, requires_grad)
     pickle_crc = crc32(pickle)
     frame = _frame(len(pickle), _representative(payload_length))
     after_pickle = descriptor(0, len(pickle), pickle_crc)
     head = b"".join((frame.before_pickle, pickle, after_pickle, frame.before_payload))
-    return head, payload_length, frame, pickle_crc
+    return head, payload_length, frame, frame.prepare_tail(payload_length, pickle_crc)
 
 
 def _tensor_pickle(
@@ -191,22 +207,29 @@ class _Frame:
     fingerprint_at: int
     fingerprint_crcs_at: tuple[int, int]
 
-    def fill_tail(self, payload_length: int, pickle_crc: int, payload_crc: int) -> bytes:
+    def prepare_tail(self, payload_length: int, pickle_crc: int) -> bytes:
+        """Return the tail for all payloads of a length, without their CRC-32."""
         tail = bytearray(self.tail)
         longer = payload_length - self.payload_length
         if longer:
             for at in self.sizes_at:
-                _FIELD.pack_into(tail, at, payload_length)
+                FIELD.pack_into(tail, at, payload_length)
             for form, at in self.positions_at:
                 form.pack_into(tail, at, form.unpack_from(tail, at)[0] + longer)
-        fingerprint = b"%020d%020d" % (pickle_crc, payload_crc)
-        fingerprint_crc = crc32(fingerprint)
-        tail[self.fingerprint_at : self.fingerprint_at + _FINGERPRINT_LENGTH] = fingerprint
-        _FIELD.pack_into(tail, self.pickle_crc_at, pickle_crc)
+        FIELD.pack_into(tail, self.pickle_crc_at, pickle_crc)
+        tail[self.fingerprint_at : self.fingerprint_at + _HALF] = b"%020d" % pickle_crc
+        return bytes(tail)
+
+    def finish_tail(self, prepared: bytes, payload_crc: int) -> bytes:
+        """Return a prepared tail with the payload's CRC-32, and what depends on it."""
+        tail = bytearray(prepared)
+        start = self.fingerprint_at
+        tail[start + _HALF : start + FINGERPRINT_LENGTH] = b"%020d" % payload_crc
+        fingerprint_crc = crc32(tail[start : start + FINGERPRINT_LENGTH])
         for at in self.payload_crcs_at:
-            _FIELD.pack_into(tail, at, payload_crc)
+            FIELD.pack_into(tail, at, payload_crc)
         for at in self.fingerprint_crcs_at:
-            _FIELD.pack_into(tail, at, fingerprint_crc)
+            FIELD.pack_into(tail, at, fingerprint_crc)
         return bytes(tail)
 
 
@@ -219,24 +242,24 @@ def _representative(payload_length: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _frame(pickle_length: int, payload_length: int) -> _Frame:
-    first = local_header(_PICKLE, 0, pickle_length)
-    before = _Zip(len(first) + pickle_length + descriptor_length(0, pickle_length))
-    before.entries.append(central_entry(_PICKLE, 0, pickle_length, 0))
-    for name, data in _BEFORE:
+    first = local_header(PICKLE, 0, pickle_length)
+    before = Zip(len(first) + pickle_length + descriptor_length(0, pickle_length))
+    before.entries.append(central_entry(PICKLE, 0, pickle_length, 0))
+    for name, data in BEFORE:
         before.add(name, data)
     payload_at = before.position
     before.begin(_PAYLOAD, payload_length)
 
-    after = _Zip(before.position + payload_length)
+    after = Zip(before.position + payload_length)
     start = after.position
     after.close(_PAYLOAD, payload_at, payload_length, 0)
-    after.add(*_VERSION)
+    after.add(*VERSION)
     fingerprint_at = after.position
-    after.begin(_FINGERPRINT, _FINGERPRINT_LENGTH)
+    after.begin(FINGERPRINT, FINGERPRINT_LENGTH)
     fingerprint_data_at = after.position - start
-    after.write(bytes(_FINGERPRINT_LENGTH))
+    after.write(bytes(FINGERPRINT_LENGTH))
     fingerprint_crc_at = after.position - start + DESCRIPTOR_CRC_AT
-    after.close(_FINGERPRINT, fingerprint_at, _FINGERPRINT_LENGTH, 0)
+    after.close(FINGERPRINT, fingerprint_at, FINGERPRINT_LENGTH, 0)
     after.entries[:0] = before.entries
     entries_at = [after.position - start]
     for entry in after.entries:
@@ -256,10 +279,10 @@ def _frame(pickle_length: int, payload_length: int) -> _Frame:
         tail=b"".join(after.pieces),
         sizes_at=sizes_at,
         positions_at=(
-            (_FIELD, version + CENTRAL_POSITION_AT),
-            (_FIELD, fingerprint + CENTRAL_POSITION_AT),
+            (FIELD, version + CENTRAL_POSITION_AT),
+            (FIELD, fingerprint + CENTRAL_POSITION_AT),
             *((_WIDE_FIELD, end_at + at) for at in END_WIDE_POSITIONS_AT),
-            (_FIELD, end_at + END_POSITION_AT),
+            (FIELD, end_at + END_POSITION_AT),
         ),
         pickle_crc_at=entries_at[0] + CENTRAL_CRC_AT,
         payload_crcs_at=payload_crcs_at,
@@ -268,7 +291,7 @@ def _frame(pickle_length: int, payload_length: int) -> _Frame:
     )
 
 
-class _Zip:
+class Zip:
     """A zip in the making: pieces, and the directory's entries."""
 
     def __init__(self, position: int) -> None:
@@ -298,28 +321,3 @@ class _Zip:
         position = self.position
         self.write(directory)
         self.write(end(len(self.entries), position, len(directory)))
-
-
-def object_record(pickle: bytes, storages: Sequence[BytesLike] = ()) -> bytes:
-    """Return the record of an object.
-
-    Parameters
-    ----------
-    pickle
-        The pickle of the object, with persistent ids for its storages.
-    storages
-        The bytes of the storages with the keys ``"0"``, ``"1"``, ...
-    """
-    zip_ = _Zip(0)
-    zip_.add(_PICKLE, pickle)
-    for name, data in _BEFORE:
-        zip_.add(name, data)
-    crc = 0
-    for number, storage in enumerate(storages):
-        storage_bytes = memoryview(storage).cast("B")
-        crc = crc32(storage_bytes, crc)
-        zip_.add(b"%sdata/%d" % (_PREFIX, number), storage_bytes)
-    zip_.add(*_VERSION)
-    zip_.add(_FINGERPRINT, b"%020d%020d" % (crc32(pickle), crc))
-    zip_.finish()
-    return b"".join(zip_.pieces)

@@ -101,6 +101,10 @@ class Window:
                 return piece[first : first + length]
         return self._load(position, length)
 
+    def piece(self, position: int, length: int) -> bytes:
+        """Return bytes that are known to be inside the record."""
+        return self.read(position, length, "a piece")
+
     def _load(self, position: int, length: int) -> bytes:
         data = self._read_at(self.offset + position, length)
         if len(data) != length:

@@ -16,7 +16,13 @@ from typing import TypeAlias
 
 from shardpoint.dtypes import DType
 from shardpoint.errors import CorruptionError
-from shardpoint.formats._record_layout import TensorRecordLayout, object_record
+from shardpoint.formats._known_records import (
+    find_known_payload,
+    known_object_pickle,
+    remember_payload,
+)
+from shardpoint.formats._object_layout import object_record
+from shardpoint.formats._record_layout import TensorRecordLayout
 from shardpoint.formats._record_members import (
     MAX_MEMBERS,
     Members,
@@ -136,12 +142,17 @@ def read_tensor_payload(
     else:
         window.fetch(length - TAIL_BYTES, TAIL_BYTES)
         window.fetch(0, HEAD_BYTES)
+    known = find_known_payload(window.piece, offset, length)
+    if known is not None:
+        return known
     members = Members(window, max_members=MAX_TENSOR_MEMBERS)
     members.check_little_endian()
     pickle = members.content("data.pkl", limit=MAX_TENSOR_PICKLE_BYTES)
     description = _describe(pickle, window)
     storage = members.member(f"data/{description.storage_key}")
-    return find_payload(window, description, storage, most_expanded=0)
+    payload = find_payload(window, description, storage, most_expanded=0)
+    remember_payload(payload, offset, length, window.piece(0, min(length, HEAD_BYTES)))
+    return payload
 
 
 def tensor_payload_from_bytes(
@@ -196,7 +207,21 @@ def read_object_pickle(
         As in `parse_record`; the second result raises them too.
     """
     view = memoryview(record).cast("B")
+    known = known_object_pickle(view)
+    if known is not None:
 
+        def load_none(dtype: DType | None, storage: str, location: str, numel: int) -> memoryview:
+            return _parse_object(view, file=file, key=key, verify=verify)[1](
+                dtype, storage, location, numel
+            )
+
+        return known, load_none
+    return _parse_object(view, file=file, key=key, verify=verify)
+
+
+def _parse_object(
+    view: memoryview, *, file: str, key: str, verify: bool
+) -> tuple[bytes, LoadStorage]:
     def read_at(offset: int, length: int) -> bytes:
         return bytes(view[offset : offset + length])
 

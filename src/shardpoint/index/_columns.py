@@ -209,6 +209,9 @@ class CheckpointIndex:
         What was read: ``"dcp"``, ``"dcp-per-rank"``, ``"huggingface"``, ``"torch"``.
     metadata_files
         The files that hold this index.
+    planner_data
+        What a planner stored in place of paths: plain values only. `paths` then has the
+        entries that are paths all the same, or is None.
     """
 
     tensors: Tensors
@@ -222,6 +225,7 @@ class CheckpointIndex:
     version: str | None
     source: str
     metadata_files: Sequence[str] = ()
+    planner_data: Any = None
 
 
 @dataclass(frozen=True, slots=True)

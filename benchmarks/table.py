@@ -1,0 +1,151 @@
+"""Medians, ratios, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from measuring import Measurement
+
+__all__ = ["Row", "Rows", "render"]
+
+_REFERENCE = "torch"
+_LIMIT = "raw"
+
+
+@dataclass
+class Row:
+    """One contender in one operation of a case.
+
+    Attributes
+    ----------
+    seconds, processor_seconds
+        Medians.
+    best_seconds
+        The fastest round.
+    times_faster
+        Than torch: median of the rounds' ratios, so that a slow minute of the machine, which
+        both saw, does not count.
+    of_limit
+        Seconds of the raw limit through seconds of this; likewise.
+    peak_bytes, read_ratio
+        Medians: memory beyond the state, bytes read over bytes needed.
+    """
+
+    contender: str
+    seconds: float
+    best_seconds: float
+    processor_seconds: float
+    times_faster: float | None
+    of_limit: float | None
+    peak_bytes: float | None
+    read_ratio: float | None
+    rounds: list[Measurement] = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, each round as well."""
+        return {**vars(self), "rounds": [vars(m) for m in self.rounds]}
+
+
+@dataclass
+class Rows:
+    """One operation of a case."""
+
+    title: str
+    rows: list[Row]
+
+
+def summarize(title: str, results: dict[str, list[Measurement]]) -> Rows:
+    """Return the rows of an operation from each contender's rounds."""
+    reference, limit = results.get(_REFERENCE), results.get(_LIMIT)
+    rows = []
+    for contender, rounds in results.items():
+        rows.append(
+            Row(
+                contender,
+                median(m.seconds for m in rounds),
+                min(m.seconds for m in rounds),
+                median(m.processor_seconds for m in rounds),
+                _ratio(reference, rounds),
+                _ratio(limit, rounds),
+                _median([m.peak_bytes for m in rounds]),
+                _median(
+                    [
+                        m.read_bytes / m.needed_bytes
+                        for m in rounds
+                        if m.read_bytes is not None and m.needed_bytes
+                    ]
+                ),
+                rounds,
+            )
+        )
+    return Rows(title, rows)
+
+
+def _ratio(other: list[Measurement] | None, own: list[Measurement]) -> float | None:
+    if other is None:
+        return None
+    return median(a.seconds / b.seconds for a, b in zip(other, own, strict=True))
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def render(operations: Sequence[Rows]) -> str:
+    """Return the table, in Markdown that can be read as it is."""
+    header = [
+        "operation",
+        "contender",
+        "seconds",
+        "best",
+        "cpu s",
+        "x torch",
+        "of raw",
+        "peak MiB",
+        "read/needed",
+    ]
+    lines = [header]
+    for operation in operations:
+        for number, row in enumerate(operation.rows):
+            lines.append(
+                [
+                    operation.title if number == 0 else "",
+                    row.contender,
+                    _seconds(row.seconds),
+                    _seconds(row.best_seconds),
+                    _seconds(row.processor_seconds),
+                    _number(row.times_faster, "{:.2f}"),
+                    _number(row.of_limit, "{:.2f}"),
+                    _number(row.peak_bytes, "{:,.1f}", 1 << 20),
+                    _number(row.read_ratio, "{:.3f}"),
+                ]
+            )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(_lines(lines, widths))
+
+
+def _lines(lines: list[list[str]], widths: list[int]) -> list[str]:
+    def joined(line: list[str]) -> str:
+        cells = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = [
+        "-" * width if column < 2 else "-" * (width - 1) + ":"
+        for column, width in enumerate(widths)
+    ]
+    return [joined(lines[0]), joined(rule), *map(joined, lines[1:])]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
+def _number(value: float | None, form: str, unit: int = 1) -> str:
+    return "-" if value is None else form.format(value / unit)

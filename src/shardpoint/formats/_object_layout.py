@@ -1,0 +1,110 @@
+"""Writes torch.save records of objects: a pickle, and the storages that it names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardpoint.formats._record_layout import (
+    BEFORE,
+    FIELD,
+    FINGERPRINT,
+    FINGERPRINT_LENGTH,
+    PICKLE,
+    PREFIX,
+    VERSION,
+    Zip,
+)
+from shardpoint.formats._zip_writing import CENTRAL_CRC_AT, CENTRAL_SIZES_AT, DESCRIPTOR_CRC_AT
+from shardpoint.formats.checksum import BytesLike, crc32
+
+__all__ = ["ObjectFrame", "object_frame", "object_record"]
+
+_MOST_FRAMED = 4096  # longer pickles are rarely of the same length
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectFrame:
+    """The record of an object without storages, the same for all pickles of one length.
+
+    `record` has zeros for the pickle and in the fields that depend on it.
+    """
+
+    record: bytes
+    pickle_at: int
+    pickle_size_at: int
+    pickle_crcs_at: tuple[int, int]
+    fingerprint_at: int
+    fingerprint_crcs_at: tuple[int, int]
+
+    def fill(self, pickle: bytes) -> bytes:
+        """Return the record of a pickle of that length."""
+        record = bytearray(self.record)
+        pickle_crc = crc32(pickle)
+        fingerprint = b"%020d%020d" % (pickle_crc, 0)
+        fingerprint_crc = crc32(fingerprint)
+        record[self.pickle_at : self.pickle_at + len(pickle)] = pickle
+        record[self.fingerprint_at : self.fingerprint_at + FINGERPRINT_LENGTH] = fingerprint
+        for at in self.pickle_crcs_at:
+            FIELD.pack_into(record, at, pickle_crc)
+        for at in self.fingerprint_crcs_at:
+            FIELD.pack_into(record, at, fingerprint_crc)
+        return bytes(record)
+
+
+@functools.lru_cache(maxsize=1024)
+def object_frame(pickle_length: int) -> ObjectFrame:
+    """Return the frame for pickles of that length, which is not 0."""
+    zip_ = Zip(0)
+    zip_.begin(PICKLE, pickle_length)
+    pickle_at = zip_.position
+    zip_.write(bytes(pickle_length))
+    pickle_crc_at = zip_.position + DESCRIPTOR_CRC_AT
+    zip_.close(PICKLE, 0, pickle_length, 0)
+    for name, data in (*BEFORE, VERSION):
+        zip_.add(name, data)
+    header_at = zip_.position
+    zip_.begin(FINGERPRINT, FINGERPRINT_LENGTH)
+    fingerprint_at = zip_.position
+    zip_.write(bytes(FINGERPRINT_LENGTH))
+    fingerprint_crc_at = zip_.position + DESCRIPTOR_CRC_AT
+    zip_.close(FINGERPRINT, header_at, FINGERPRINT_LENGTH, 0)
+    directory_at = zip_.position
+    last_entry_at = directory_at + sum(map(len, zip_.entries[:-1]))
+    zip_.finish()
+    return ObjectFrame(
+        record=b"".join(zip_.pieces),
+        pickle_at=pickle_at,
+        pickle_size_at=directory_at + CENTRAL_SIZES_AT[0],
+        pickle_crcs_at=(pickle_crc_at, directory_at + CENTRAL_CRC_AT),
+        fingerprint_at=fingerprint_at,
+        fingerprint_crcs_at=(fingerprint_crc_at, last_entry_at + CENTRAL_CRC_AT),
+    )
+
+
+def object_record(pickle: bytes, storages: Sequence[BytesLike] = ()) -> bytes:
+    """Return the record of an object.
+
+    Parameters
+    ----------
+    pickle
+        The pickle of the object, with persistent ids for its storages.
+    storages
+        The bytes of the storages with the keys ``"0"``, ``"1"``, ...
+    """
+    if not storages and 0 < len(pickle) <= _MOST_FRAMED:
+        return object_frame(len(pickle)).fill(pickle)
+    zip_ = Zip(0)
+    zip_.add(PICKLE, pickle)
+    for name, data in BEFORE:
+        zip_.add(name, data)
+    crc = 0
+    for number, storage in enumerate(storages):
+        storage_bytes = memoryview(storage).cast("B")
+        crc = crc32(storage_bytes, crc)
+        zip_.add(b"%sdata/%d" % (PREFIX, number), storage_bytes)
+    zip_.add(*VERSION)
+    zip_.add(FINGERPRINT, b"%020d%020d" % (crc32(pickle), crc))
+    zip_.finish()
+    return b"".join(zip_.pieces)

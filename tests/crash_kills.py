@@ -1,0 +1,207 @@
+"""Saves in forked processes, each killed at one system call; run in a worker of the rank pool."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import shardpoint.dcp as dcp
+from crash_support import (
+    LOOKS,
+    STATES,
+    Killer,
+    Through,
+    Trace,
+    interposed,
+    named_files,
+    save,
+    state_at,
+)
+
+__all__ = ["Outcome", "kill_everywhere", "kill_one_of_two"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a kill left.
+
+    Attributes
+    ----------
+    call
+        The number of the call before which the process was killed.
+    killed
+        Whether it was killed at all.
+    found
+        See `state_at`.
+    found_next
+        The same, after one more save.
+    garbage
+        Files beyond those of the checkpoint, after that save.
+    raised
+        Of a rank that was not killed: whether its save raised.
+    """
+
+    call: int
+    killed: bool
+    found: str
+    found_next: str
+    garbage: tuple[str, ...]
+    raised: bool = False
+
+
+def kill_everywhere(folder: str, overwrite: bool, torn: bool, options: dict[str, Any]) -> Any:
+    """Run saves that are killed at one call each; return the kinds of calls and the outcomes.
+
+    Runs in a worker process, which forks for every save: torch is imported already.
+    """
+    _leave_group()
+    path = Path(folder)
+    trace = Trace()
+    _prepare(path / "traced", overwrite, options)
+    with interposed(trace):
+        save(path / "traced", STATES["new"], **options)
+    outcomes = []
+    for number in range(len(trace.calls) + 1):
+        place = path / f"{number}"
+        _prepare(place, overwrite, options)
+        killer = Killer(number, torn=torn)
+        child = _fork(lambda p=place, k=killer: _save_through(p, STATES["new"], options, k))
+        status = _wait(child)
+        outcomes.append(_outcome(place, number, _was_killed(status), options))
+        shutil.rmtree(place)
+    return [call.kind for call in trace.calls], outcomes
+
+
+def _prepare(place: Path, overwrite: bool, options: dict[str, Any]) -> None:
+    """Lay an old checkpoint there; it is copied, so that making it takes no time."""
+    if not overwrite:
+        return
+    model = place.parent / "old"
+    if not model.exists():
+        with interposed(Trace()):
+            save(model, STATES["old"], **options)
+    shutil.copytree(model, place)
+
+
+def _save_through(
+    place: Path, state: dict[str, Any], options: dict[str, Any], through: Through
+) -> None:
+    with interposed(through):
+        save(place, state, **options)
+
+
+def _outcome(
+    place: Path, number: int, killed: bool, options: dict[str, Any], raised: bool = False
+) -> Outcome:
+    found = state_at(place, STATES)
+    with interposed(Trace()):
+        save(place, STATES["next"], **options)
+    return Outcome(
+        call=number,
+        killed=killed,
+        found=found,
+        found_next=state_at(place, STATES),
+        garbage=tuple(sorted({file.name for file in place.iterdir()} - named_files(place))),
+        raised=raised,
+    )
+
+
+_TWO_RANKS_SKIP = LOOKS | {"close"}
+
+
+def kill_one_of_two(folder: str, victim: int, torn: bool) -> Any:
+    """As `kill_everywhere`, an overwrite by two ranks of which one is killed."""
+    _leave_group()
+    path = Path(folder)
+    outcomes = []
+    for number in itertools.count():
+        place = path / f"{number}"
+        _prepare(place, True, {})
+        store = path / f"{number}.store"
+        children = [
+            _fork(
+                lambda r=rank, s=store, p=place, n=number: _save_as_rank(
+                    p, s, r, Killer(n if r == victim else -1, torn=torn, skip=_TWO_RANKS_SKIP)
+                )
+            )
+            for rank in range(2)
+        ]
+        statuses = [_wait(child) for child in children]
+        killed = _was_killed(statuses[victim])
+        survivor = os.waitstatus_to_exitcode(statuses[1 - victim])
+        assert survivor in (0, _RAISED), survivor
+        outcomes.append(_outcome(place, number, killed, {}, raised=survivor == _RAISED))
+        if not killed:
+            return outcomes
+    raise AssertionError("not reached")
+
+
+_RAISED = 3
+
+
+def _save_as_rank(place: Path, store: Path, rank: int, killer: Killer) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=20),
+    )
+    state = STATES["new"]
+    mine = {"small": state["small"], "objects": state["objects"], "step": state["step"]}
+    if rank:
+        mine = {"large": state["large"], "half": state["half"], "small": state["small"]}
+    try:
+        with interposed(killer):
+            dcp.save(mine, checkpoint_id=place)
+    except dcp.CheckpointException:
+        os._exit(_RAISED)
+    except Exception as error:
+        if "lost contact" in str(error):
+            os._exit(_RAISED)
+        raise
+    os._exit(0)  # the group is left as it is: the other rank may be gone
+
+
+def _leave_group() -> None:
+    """End the group of the worker: what is forked is to have no threads of it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fork(action: Callable[[], None]) -> int:
+    with warnings.catch_warnings():
+        # Newer Pythons warn of threads; those that may be left here are of libraries, idle.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    try:
+        logging.disable(logging.CRITICAL)
+        action()
+        os._exit(0)
+    except BaseException:
+        logging.disable(logging.NOTSET)
+        logging.getLogger(__name__).exception("a forked save failed")
+        os._exit(1)
+
+
+def _wait(child: int) -> int:
+    return os.waitpid(child, 0)[1]
+
+
+def _was_killed(status: int) -> bool:
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL, _RAISED), code
+    return code == -signal.SIGKILL
