@@ -162,7 +162,8 @@ def test_overview_and_verification_of_what_torch_wrote(
 
 @every_place
 def test_every_key_can_be_described(fixture: Any, place: Path, capsys: Captured) -> None:
-    for key in sorted(fixture.keys)[:40]:
+    keys = sorted(fixture.keys)
+    for key in keys[:: len(keys) // 10 + 1]:
         facts = run_json(capsys, "info", place, key)
         assert facts["key"] == key
         if facts["kind"] == "object":
@@ -307,6 +308,19 @@ def test_what_cannot_be_opened_gives_one_line_and_2(
     assert captured.err.startswith("shardpoint: ")
     assert captured.err.count("\n") == 1
     assert "\x1b" not in captured.err
+
+
+def test_an_error_of_many_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def refuse(path: str) -> None:
+        raise shardpoint.PlanError("wrong\x1b[2J", [shardpoint.Problem("first"), problem])
+
+    problem = shardpoint.Problem("second", key="a.b")
+    monkeypatch.setattr("shardpoint.cli._main.open_checkpoint", refuse)
+    assert run("ls", "anything") == 2
+    expected = "shardpoint: wrong\\x1b[2J - first - key 'a.b': second\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_wrong_arguments_exit_with_2(capsys: Captured) -> None:

@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -110,6 +111,7 @@ def as_plain(index: CheckpointIndex) -> dict[str, Any]:
         ),
         "key_order": list(index.key_order),
         "paths": index.paths,
+        "planner_data": index.planner_data,
         "storage_meta": index.storage_meta,
         "version": index.version,
     }
@@ -318,11 +320,6 @@ WRONG_FIELDS = [
     ("metadata__state_dict_metadata", [], "state_dict_metadata", False),
     ("metadata__state_dict_metadata", {5: None}, "key of state_dict_metadata", False),
     ("metadata__state_dict_metadata", {"w": None}, "not TensorStorageMetadata", True),
-    ("metadata__planner_data", [("w",)], "planner_data", False),
-    ("metadata__planner_data", {"w": "w"}, "planner_data", True),
-    ("metadata__planner_data", {"w": ("a", 1.5)}, "planner_data", True),
-    ("metadata__planner_data", {"w": ("a", True)}, "planner_data", True),
-    ("metadata__planner_data", {"w": ()}, "planner_data", True),
     ("metadata__storage_data", [], "storage_data", False),
     ("metadata__storage_data", {"w": None}, "storage_data", False),
     ("metadata__storage_meta", "x", "storage_meta", False),
@@ -463,6 +460,163 @@ def test_ranks_that_disagree_are_refused(changes: Mapping[str, Any], message: st
         read_per_rank_metadata({"__0.metadata": part(0), "__1.metadata": part(1, **changes)})
 
 
+MORE_THAN_PATHS: list[tuple[Any, Any]] = [
+    ([{"rank": 0, "keys": ("w",)}, {"rank": 1, "keys": ()}], None),
+    ([("w",)], None),
+    ({"w": ("a", "w"), "epoch": 3, "gone": ("gone",)}, {"w": ("a", "w")}),
+    ({"w": ("w",), 5: ("x",)}, {"w": ("w",)}),
+    ({"other": ("o",), "epoch": 3}, None),
+    ({"w": "w"}, None),
+    ({"w": ("a", 1.5)}, None),
+    ({"w": ("a", True)}, None),
+    ({"w": ()}, None),
+    ({("a", 1): {1, 2}, None: frozenset({b"x", "y"})}, None),
+    ([1 << 3000, -(1 << 70), 300, 70000, -1, 0.5, -0.0, "x" * 300, b"x" * 300, b"", None], None),
+    ("text", None),
+    (False, None),
+    (0, None),
+    ((), None),
+]
+
+
+@pytest.mark.parametrize(("data", "paths"), MORE_THAN_PATHS, ids=repr)
+def test_planner_data_that_is_more_than_paths_is_kept(data: Any, paths: Any) -> None:
+    index = read_metadata(part(0), file="x")
+    written = write_metadata(replace(index, paths={"w": ("unused",)}, planner_data=data))
+    again = read_metadata(written, file="x")
+    assert repr(again.planner_data) == repr(data) or again.planner_data == data
+    assert type(again.planner_data) is type(data)
+    assert again.paths == paths
+    third = read_metadata(write_metadata(again), file="x")
+    assert as_plain(third) == as_plain(again)
+
+
+@pytest.mark.parametrize(("data", "paths"), MORE_THAN_PATHS, ids=repr)
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_planner_data_of_torch_is_read_and_written_back(
+    data: Any, paths: Any, protocol: int
+) -> None:
+    original = torch_metadata(metadata__planner_data=data)
+    index = read_metadata(pickle.dumps(original, protocol), file="x")
+    assert (index.planner_data, index.paths) == (data, paths)
+    written = pickle.loads(write_metadata(index))
+    assert written.planner_data == data
+    assert type(written.planner_data) is type(data)
+    assert pickle._loads(write_metadata(index)).planner_data == data  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("data", [None, {}, {"w": ("w", 0), "gone": ("gone",)}])
+def test_planner_data_that_is_paths_stays_paths(data: Any) -> None:
+    index = read_metadata(pickle.dumps(torch_metadata(metadata__planner_data=data), 4), file="x")
+    assert index.planner_data is None
+    assert index.paths == data
+    assert pickle.loads(write_metadata(index)).planner_data == data
+
+
+def nested(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def doubled(levels: int) -> Any:
+    value: Any = [0]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def endless() -> Any:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def test_planner_data_may_be_nested_and_shared_within_limits() -> None:
+    index = read_metadata(part(0), file="x")
+    text = "t" * 100_000
+    for data in (nested(200), doubled(10), [text] * 1000):
+        written = write_metadata(replace(index, planner_data=data))
+        assert read_metadata(written, file="x").planner_data == data
+        assert len(written) < 300_000
+
+
+UNWRITABLE = [
+    ({"w": ("w",), "x": object()}, FormatError, "planner_data holds a object"),
+    ([PurePosixPath("a")], FormatError, "PurePosixPath"),
+    ([np.float64(1)], FormatError, "planner_data holds"),
+    ({1: [bytearray(b"x")]}, FormatError, "bytearray"),
+    ([1j], FormatError, "complex"),
+    (len, FormatError, "builtin_function"),
+    (OrderedDict(w=("w",)), FormatError, "OrderedDict"),
+    (endless(), FormatError, "contains itself"),
+    (nested(201), LimitExceededError, "planner_data: nested deeper than 200"),
+    (doubled(60), LimitExceededError, "planner_data: has more than"),
+]
+
+
+@pytest.mark.parametrize(("data", "error", "message"), UNWRITABLE)
+def test_planner_data_that_cannot_be_written_is_named(
+    data: Any, error: type[FormatError], message: str
+) -> None:
+    index = read_metadata(part(0), file="x")
+    with pytest.raises(error, match=message):
+        write_metadata(replace(index, planner_data=data))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"w": ("w",), "x": PurePosixPath("a")}, FormatError, "planner_data holds a PurePosixPath"),
+        ([[bytearray(b"x")]], FormatError, "bytearray"),
+        (endless(), FormatError, "contains itself"),
+        (nested(201), LimitExceededError, "nested deeper"),
+        (doubled(60), LimitExceededError, "has more than"),
+        ([1j], ForbiddenContentError, "complex"),
+        ({"w": ("w",), "x": print}, ForbiddenContentError, "print"),
+    ],
+)
+def test_planner_data_of_torch_that_is_not_plain_is_refused(
+    data: Any, error: type[FormatError], message: str
+) -> None:
+    content = pickle.dumps(torch_metadata(metadata__planner_data=data), 5)
+    with pytest.raises(error, match=message) as caught:
+        read_metadata(content, file="some/.metadata")
+    assert "some/.metadata" in str(caught.value)
+
+
+def test_torch_objects_in_planner_data_are_refused() -> None:
+    whole = torch_metadata()
+    for data in (whole.state_dict_metadata, [whole.storage_data], [whole]):
+        content = pickle.dumps(torch_metadata(metadata__planner_data=data), 4)
+        with pytest.raises(FormatError, match=r"file 'x'.*planner_data holds a [A-Z_]"):
+            read_metadata(content, file="x")
+
+
+def test_planner_data_of_the_first_rank_that_has_any_is_kept() -> None:
+    def rank(number: int, data: Any) -> bytes:
+        index = read_metadata(part(number, offsets=(2 * number, 0)), file="x")
+        return write_metadata(replace(index, planner_data=data))
+
+    def joined(*parts: Any) -> CheckpointIndex:
+        return read_per_rank_metadata(
+            {f"__{i}.metadata": rank(i, data) for i, data in enumerate(parts)}
+        )
+
+    paths = {"w": ("w",), "o": ("o",)}
+    index = joined(None, ["one"], ["two"])
+    assert (index.planner_data, index.paths) == (["one"], paths)
+    index = joined({"w": ("w",), "rank": 0}, {"o": ("o",), "rank": 1})
+    assert (index.planner_data, index.paths) == ({"w": ("w",), "rank": 0}, paths)
+    index = joined(["zero"], None)
+    assert (index.planner_data, index.paths) == (["zero"], paths)
+    index = joined(["zero"], ["one"])
+    assert (index.planner_data, index.paths) == (["zero"], None)
+    with pytest.raises(FormatError, match="ranks differ in its path"):
+        joined({"w": ("w",), "rank": 0}, {"w": ("v",), "rank": 1})
+
+
 texts = st.text(st.characters(codec="utf-8"), max_size=6)
 numbers = st.one_of(st.integers(0, 300), st.integers(0, 2**63 - 1))
 
@@ -518,6 +672,28 @@ def indexes(draw: st.DrawFn) -> CheckpointIndex:
     )
 
 
+keys_of_plain = st.none() | st.booleans() | st.integers() | texts | st.binary(max_size=4)
+plain_values = st.recursive(
+    keys_of_plain | st.floats(allow_nan=False) | st.frozensets(keys_of_plain, max_size=3),
+    lambda parts: st.one_of(
+        st.lists(parts, max_size=3),
+        st.lists(parts, max_size=3).map(tuple),
+        st.dictionaries(keys_of_plain, parts, max_size=3),
+        st.sets(keys_of_plain, max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+@given(index=indexes(), data=plain_values)
+def test_any_plain_planner_data_survives(index: CheckpointIndex, data: Any) -> None:
+    written = write_metadata(replace(index, paths=None, planner_data=data))
+    again = read_metadata(written, file="x")
+    # All proper paths, an empty dict among them, are read as paths.
+    read = again.paths if again.planner_data is None else again.planner_data
+    assert repr(read) == repr(data) or read == data
+
+
 @given(index=indexes())
 def test_any_index_survives_writing_and_reading(index: CheckpointIndex) -> None:
     data = write_metadata(index)
@@ -536,7 +712,8 @@ def test_any_written_index_is_read_by_the_standard_unpickler(index: CheckpointIn
     pytest.importorskip("torch.distributed.checkpoint.metadata")
     metadata = pickle.loads(write_metadata(index))
     assert list(metadata.state_dict_metadata) == list(index.key_order)
-    assert metadata.planner_data == index.paths
+    stored = index.paths if index.planner_data is None else index.planner_data
+    assert metadata.planner_data == stored
     assert len(metadata.storage_data) == len(index.chunks) + len(index.objects)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from engine_support import request, sink_of
 from fixture_support import PUBLIC, Fixture, assert_same_array, public_fixtures
@@ -15,10 +19,12 @@ from shardpoint.engine.reading import read_object, read_tensors
 from shardpoint.errors import (
     CheckpointNotFoundError,
     CorruptionError,
+    FormatError,
     LimitExceededError,
     NotSupportedError,
     PlanError,
     ShardpointError,
+    StorageError,
     UnsafePathError,
 )
 from shardpoint.formats.object_decoder import NumpyFactory
@@ -190,3 +196,124 @@ def test_compressed_chunks_that_decode_to_too_much_are_refused() -> None:
     with pytest.raises(LimitExceededError, match="zeros"):
         read_tensors(index, storage, [read], threads=1, verify=True)
     assert sink_of(read).asked == 0
+
+
+def _cache(tmp_path: Path, *, blob: str = "0a1b2c") -> Path:
+    """Lay a file out as Hugging Face's cache does; return the snapshot's folder."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "f00d"
+    snapshot.mkdir(parents=True)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    save_file({"w": np.arange(6.0)}, blobs / blob)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+def _read(place: Path | str, key: str) -> np.ndarray:  # type: ignore[type-arg]
+    index, storage = open_index(place)
+    read = request(index, key)
+    read_tensors(index, storage, [read], threads=1, verify=True)
+    return sink_of(read).array
+
+
+def test_the_cache_of_hugging_face_is_read(tmp_path: Path) -> None:
+    snapshot = _cache(tmp_path)
+    for place in (snapshot, snapshot / "model.safetensors"):
+        assert _read(place, "w").tolist() == [0, 1, 2, 3, 4, 5]
+    (snapshot.parent / "main").symlink_to("f00d")
+    assert _read(snapshot.parent / "main", "w").tolist() == [0, 1, 2, 3, 4, 5]
+    index = snapshot.parent.parent / "blobs" / "1111"
+    index.write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/1111")
+    for place in (snapshot, snapshot / "model.safetensors.index.json"):
+        assert open_index(place)[0].metadata_files == ["model.safetensors.index.json"]
+        assert _read(place, "w").tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_other_links_out_of_a_snapshot_are_refused(tmp_path: Path) -> None:
+    snapshot = _cache(tmp_path)
+    blobs = snapshot.parent.parent / "blobs"
+    (tmp_path / "secret").write_bytes((blobs / "0a1b2c").read_bytes())
+    (blobs / "sub").mkdir()
+    (blobs / "sub" / "deep").write_bytes((blobs / "0a1b2c").read_bytes())
+    (blobs / "away").symlink_to(tmp_path / "secret")
+    for target in ("../../../secret", "../../blobs/sub/deep", "../../blobs/away"):
+        (snapshot / "model.safetensors").unlink()
+        (snapshot / "model.safetensors").symlink_to(target)
+        with pytest.raises(UnsafePathError, match="model"):
+            open_index(snapshot)
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0a1b2c")
+    with pytest.raises(UnsafePathError):
+        open_index(snapshot)
+
+
+def test_blobs_are_for_reading_only(tmp_path: Path) -> None:
+    snapshot = _cache(tmp_path)
+    (snapshot / "sub").symlink_to("../../blobs")
+    with pytest.raises(UnsafePathError):
+        LocalStorage(snapshot).replace("sub/0a1b2c", b"", sync=False)
+    with pytest.raises(UnsafePathError):
+        LocalStorage(snapshot).remove("sub/0a1b2c")
+
+
+def test_a_file_is_what_its_name_says_wherever_its_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    save_file({"w": np.arange(3.0)}, tmp_path / "a" / "content")
+    (tmp_path / "b" / "w.safetensors").symlink_to("../a/content")
+    assert _read(tmp_path / "b" / "w.safetensors", "w").tolist() == [0, 1, 2]
+    with pytest.raises(UnsafePathError):
+        open_index(tmp_path / "b")
+
+
+def test_only_the_folders_that_count_are_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    save_file({"w": np.arange(3.0)}, tmp_path / "deep" / "er" / "model.safetensors")
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint at"):
+        open_index(tmp_path)
+    save_file({"w": np.arange(4.0)}, tmp_path / "model.safetensors")
+    storage = CountingStorage(LocalStorage(tmp_path))
+    assert open_index(storage)[0].tensors.shape_of(0) == (4,)
+    assert {o.name for o in storage.operations if o.kind == "list_folder"} == {""}
+    assert not storage.calls["list"]
+
+
+def test_a_subfolder_that_cannot_be_listed_is_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sharded", "other"):
+        (tmp_path / name).mkdir()
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.path.basename(path) in ("sharded", "other"):
+            raise PermissionError(errno.EACCES, "no", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StorageError, match="sharded"):
+        open_index(tmp_path)
+    shutil.copy(BY_NAME["2.13.0/torch_save_w1"].checkpoint / "full.pt", tmp_path / "model.pt")
+    assert open_index(tmp_path)[0].source == "torch"
+    save_file({"w": np.arange(3.0)}, tmp_path / "model.safetensors")
+    assert open_index(tmp_path)[0].source == "huggingface"
+
+
+def test_a_parent_of_checkpoints_names_them(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / ".metadata").touch()
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_index(tmp_path)
+    assert "'step-1', 'step-2'" in str(caught.value)
+    assert "logs" not in str(caught.value)
+
+
+def test_a_data_file_is_told_from_a_checkpoint() -> None:
+    folder = BY_NAME["2.13.0/async_w2"].checkpoint
+    with pytest.raises(FormatError, match="a data file of a checkpoint folder: open its folder"):
+        open_index(folder / "__0_0.distcp")

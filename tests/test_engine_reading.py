@@ -527,3 +527,38 @@ def test_known_payload_outside_its_record_is_refused(tmp_path: Path) -> None:
             read_tensors(
                 index, LocalStorage(tmp_path), [request(index, "x")], threads=1, verify=True
             )
+
+
+def test_a_slice_needs_only_the_files_it_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = _numbers((40, 3))
+    storage = LocalStorage(tmp_path)
+    files = [f"__{rank}_0.distcp" for rank in range(4)]
+    chunks = grid("x", (40, 3), [[10, 20, 30], []], files=files)
+    index = save(storage, {"x": array}, chunks)
+    (tmp_path / files[3]).unlink()
+    asked: list[str] = []
+    size = LocalStorage.size
+    monkeypatch.setattr(
+        LocalStorage, "size", lambda self, name: asked.append(name) or size(self, name)
+    )
+    part = request(index, "x", ((12, 0), (10, 3)))
+    read_tensors(index, storage, [part], threads=1, verify=True)
+    _same(sink_of(part).array, array[12:22])
+    assert sorted(asked) == files[1:3]
+    part = request(index, "x", ((25, 0), (10, 3)))
+    with pytest.raises(PlanError, match=r"__3_0\.distcp.*missing"):
+        read_tensors(index, storage, [part], threads=1, verify=True)
+    assert sink_of(part).asked == 0
+
+
+def test_a_hole_elsewhere_in_the_tensor_is_still_found(tmp_path: Path) -> None:
+    array = _numbers((40, 3))
+    storage = LocalStorage(tmp_path)
+    index = save(storage, {"x": array}, grid("x", (40, 3), [[10, 20, 30], []]))
+    broken = _hole(index)
+    with pytest.raises(PlanError, match="no chunk covers"):
+        read_tensors(
+            broken, storage, [request(broken, "x", ((30, 0), (5, 3)))], threads=1, verify=True
+        )

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from shardpoint.dtypes import BY_NAME
 from shardpoint.errors import PlanError
 from shardpoint.index import NO_FILE
+from shardpoint.planning.placing import Written, attach_storage
 from shardpoint.planning.save import (
     OBJECT,
     SHARD,
     TENSOR,
     WriteColumns,
-    Written,
-    attach_storage,
     deduplicate,
     merge,
 )

@@ -265,3 +265,37 @@ def test_counting_storage_counts_and_fails_where_told(place: Path) -> None:
     assert storage.calls["write"] == 2
     storage.reset()
     assert storage.bytes_read == 0
+
+
+def test_the_folder_is_resolved_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "sub").mkdir()
+    (place / "sub" / "data").write_bytes(b"12345")
+    storage = LocalStorage(place)
+    assert storage.size("sub/data") == 5
+    resolved: list[str] = []
+    realpath = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or realpath(path))
+    for _ in range(3):
+        assert storage.size("sub/data") == 5
+        assert storage.read("sub/data") == b"12345"
+    assert resolved == []
+
+
+def test_a_folder_that_is_made_later_is_resolved_then(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "link" / "ckpt")
+    assert storage.size("data") is None
+    (tmp_path / "real" / "ckpt").mkdir(parents=True)
+    (tmp_path / "real" / "ckpt" / "data").write_bytes(b"123")
+    (tmp_path / "link").symlink_to("real")
+    assert storage.read("data") == b"123"
+
+
+def test_a_file_the_caller_trusts_may_be_a_link_out(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"123")
+    (tmp_path / "ckpt").mkdir()
+    for name in ("chosen", "other"):
+        (tmp_path / "ckpt" / name).symlink_to("../outside")
+    storage = LocalStorage(tmp_path / "ckpt", trusted="chosen")
+    assert storage.read("chosen") == b"123"
+    with pytest.raises(UnsafePathError):
+        storage.read("other")

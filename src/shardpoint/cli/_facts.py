@@ -146,9 +146,7 @@ def gather_listing(checkpoint: Checkpoint, path: str, prefix: str) -> Listing:
         nbytes_or_none = int(index.objects.record_length[row]) if stored else None
         found.setdefault(key, Entry(key, "object", None, None, nbytes_or_none, None))
     entries = tuple(
-        found[key]
-        for key in checkpoint
-        if not prefix or key == prefix or key.startswith(branch)
+        found[key] for key in checkpoint if not prefix or key == prefix or key.startswith(branch)
     )
     if prefix and not entries:
         raise CheckpointKeyError(

@@ -91,7 +91,7 @@ def metadata_of(index: CheckpointIndex, storage_info: Callable[..., Any] | None)
     meta = index.storage_meta
     metadata = Metadata(
         state_dict_metadata=_View(lambda: _state_dict_metadata(index)),
-        planner_data=_planner_data(index) if index.paths is None else dict(index.paths),
+        planner_data=_planner_data(index),
         storage_data=None
         if storage_info is None
         else _View(lambda: _storage_data(index, storage_info)),
@@ -174,7 +174,9 @@ def _is_unchanged(metadata: Any, index: CheckpointIndex) -> bool:
 
 
 def _planner_data(index: CheckpointIndex) -> Any:
-    return index.paths if index.planner_data is None else index.planner_data
+    if index.planner_data is not None or index.paths is None:
+        return index.planner_data
+    return dict(index.paths)
 
 
 def _planner_fields(data: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp.metadata import MetadataIndex
 from shardpoint.dcp.planner import WriteItem
 from shardpoint.dcp.storage import WriteResult
-from shardpoint.planning.save import Written
+from shardpoint.planning.placing import Written
 
 __all__ = ["ResultTable", "results_of", "written_by"]
 

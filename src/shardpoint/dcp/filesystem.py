@@ -43,7 +43,7 @@ from shardpoint.errors import (
 )
 from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.index import CheckpointIndex
-from shardpoint.planning.save import attach_storage
+from shardpoint.planning.placing import attach_storage
 from shardpoint.storage.local import LocalStorage
 
 __all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]

@@ -14,7 +14,7 @@ from shardpoint.engine.targets import ReadRequest, Target
 from shardpoint.errors import PlanError, Problem, UnsafePathError
 from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.planning.intersect import Intersections, intersect
-from shardpoint.planning.validate import find_problems
+from shardpoint.planning.validate import find_problems, find_span_problems
 from shardpoint.storage import Storage
 
 __all__ = ["ChunkWork", "Part", "plan_reads"]
@@ -66,6 +66,7 @@ def plan_reads(
     chunk_rows = _chunks_of(index, rows)
     _check_tensors(index, storage, rows, chunk_rows)
     pairs = _pairs(index, requests, chunk_rows)
+    _check_files(index, storage, np.unique(chunk_rows[pairs.b]))
     counts = np.bincount(pairs.a, minlength=len(requests)).tolist()
     targets = [
         Target(
@@ -113,25 +114,46 @@ def _chunks_of(index: CheckpointIndex, rows: Int64Array) -> Int64Array:
 def _check_tensors(
     index: CheckpointIndex, storage: Storage, rows: Int64Array, chunk_rows: Int64Array
 ) -> None:
-    """Check the tensors' chunks with each other and with the files."""
-    numbers = np.unique(index.chunks.file[chunk_rows])
-    names = [index.files[number] for number in numbers.tolist() if number != NO_FILE]
-    sizes: dict[str, int | None] = {}
-    for name in names:
-        try:
-            sizes[name] = storage.size(name)
-        except UnsafePathError as error:
-            number = index.files.index(name)
-            row = int(index.chunks.tensor[chunk_rows[index.chunks.file[chunk_rows] == number][0]])
-            raise UnsafePathError(f"key {index.tensors.keys[row]!r}: {error}") from error
-    problems = find_problems(index, rows=rows, file_sizes=sizes)
+    """Check the tensors' chunks with each other; where they are wrong, with the files too."""
+    if not find_problems(index, rows=rows, file_sizes=None):
+        return
+    sizes = _file_sizes(index, storage, chunk_rows)
+    raise _damaged(storage, find_problems(index, rows=rows, file_sizes=sizes))
+
+
+def _check_files(index: CheckpointIndex, storage: Storage, chunk_rows: Int64Array) -> None:
+    """Check the chunks that are read with their files: others may be missing."""
+    sizes = _file_sizes(index, storage, chunk_rows)
+    problems = find_span_problems(index, chunk_rows=chunk_rows, file_sizes=sizes)
     problems += [
         Problem("a metadata file is named as a file of data", file=name)
-        for name in names
+        for name in sizes
         if name in index.metadata_files and index.source.startswith("dcp")
     ]
     if problems:
-        raise PlanError(f"the checkpoint at {storage.location!r} is damaged", problems)
+        raise _damaged(storage, problems)
+
+
+def _file_sizes(
+    index: CheckpointIndex, storage: Storage, chunk_rows: Int64Array
+) -> dict[str, int | None]:
+    """Return the size of each file that the chunks are in."""
+    numbers, first = np.unique(index.chunks.file[chunk_rows], return_index=True)
+    sizes: dict[str, int | None] = {}
+    for number, at in zip(numbers.tolist(), first.tolist(), strict=True):
+        if number == NO_FILE:
+            continue
+        name = index.files[number]
+        try:
+            sizes[name] = storage.size(name)
+        except UnsafePathError as error:
+            key = index.tensors.keys[int(index.chunks.tensor[chunk_rows[at]])]
+            raise UnsafePathError(f"key {key!r}: {error}") from error
+    return sizes
+
+
+def _damaged(storage: Storage, problems: Sequence[Problem]) -> PlanError:
+    return PlanError(f"the checkpoint at {storage.location!r} is damaged", problems)
 
 
 def _pairs(

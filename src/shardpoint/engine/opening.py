@@ -13,11 +13,13 @@ import numpy as np
 from shardpoint.engine._own_rank import preferring
 from shardpoint.errors import (
     CheckpointNotFoundError,
+    FormatError,
     NotSupportedError,
     ShardpointError,
+    StorageError,
 )
 from shardpoint.formats.dcp_metadata import read_metadata, read_per_rank_metadata
-from shardpoint.formats.huggingface import read_directory
+from shardpoint.formats.huggingface import find_files, read_directory
 from shardpoint.formats.torch_save import read_torch_save
 from shardpoint.index import NO_FILE, CheckpointIndex, Container
 from shardpoint.storage import LocalStorage, Storage
@@ -29,9 +31,13 @@ Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
 
 _METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
-_SAFETENSORS = (".safetensors", ".safetensors.index.json")
+_INDEX_SUFFIX = ".safetensors.index.json"
+_SAFETENSORS = (".safetensors", _INDEX_SUFFIX)
+_DATA_SUFFIX = ".distcp"
 _TORCH_SAVE = (".pt", ".pth", ".bin", ".ckpt")
 _FILE_URL = "file://"
+_MOST_LOOKED_INTO = 100
+_MOST_NAMED = 5
 
 
 def open_index(
@@ -40,14 +46,16 @@ def open_index(
     """Return the index of the checkpoint at a place, and the storage its files are in.
 
     Looked for are, in this order: ``.metadata`` (torch's distributed checkpoints),
-    ``__*.metadata`` (the same, saved without collectives), ``*.safetensors`` (Hugging Face),
-    and one ``torch.save`` file. No data is read, but for a few bytes where the metadata
-    leaves open what the data files hold.
+    ``__*.metadata`` (the same, saved without collectives), ``*.safetensors`` (Hugging Face)
+    at the top or else in ``sharded/``, and one ``torch.save`` file. No data is read, but for
+    a few bytes where the metadata leaves open what the data files hold.
 
     Parameters
     ----------
     place
-        A folder, or one file of the last two kinds; or the storage of a folder.
+        A folder, or one file of the last two kinds, which its name tells apart; or the
+        storage of a folder. A file may be a link to anywhere; links in a folder are followed
+        only inside it (see `LocalStorage` for the one exception).
     prefer_rank
         Where each rank has metadata of its own and several have the same thing: whose is
         taken. By default the lowest rank's.
@@ -58,7 +66,8 @@ def open_index(
     Raises
     ------
     CheckpointNotFoundError
-        If there is none of these; names what was looked for.
+        If there is none of these; names what was looked for, and subfolders that look like
+        checkpoints.
     FormatError, CorruptionError, UnsafePathError, NotSupportedError, StorageError
     """
     storage, name = (place, None) if isinstance(place, Storage) else _locate(place)
@@ -67,7 +76,7 @@ def open_index(
     if storage.has(_METADATA):
         index = read_metadata(storage.read(_METADATA), file=_METADATA)
         return _with_containers(index, storage), storage
-    names = storage.list()
+    names = storage.list_folder()
     ranks = [name for name in names if _RANK_METADATA.fullmatch(name)]
     if ranks:
         parts = {name: storage.read(name) for name in ranks}
@@ -76,9 +85,10 @@ def open_index(
         if own in parts:
             index = preferring(index, read_per_rank_metadata({own: parts[own]}))
         return _with_containers(index, storage), storage
-    if any(name.endswith(_SAFETENSORS) for name in names):
+    files = [name for name in names if name.endswith(_TORCH_SAVE)]
+    if _has_safetensors(storage, names, is_alone=not files):
         return read_directory(storage), storage
-    return _open_only_file(storage, names, allowed), storage
+    return _open_only_file(storage, names, files, allowed), storage
 
 
 def _locate(path: PathLike) -> tuple[Storage, str | None]:
@@ -94,9 +104,17 @@ def _locate(path: PathLike) -> tuple[Storage, str | None]:
         return LocalStorage(text), None
     if not os.path.exists(text):
         raise CheckpointNotFoundError(f"there is nothing at {text!r}")
-    # A link is a file of the folder that it leads to: its target was chosen by the caller.
-    folder, name = os.path.split(os.path.realpath(text))
-    return LocalStorage(folder), name
+    folder, name = os.path.split(os.path.abspath(text))
+    target = os.path.realpath(text)
+    if _names_others(name) and _names_others(os.path.basename(target)):
+        # What such a file names lies beside it: where it really is, unless a cache keeps it
+        # under another name.
+        folder, name = os.path.split(target)
+    if name.endswith(_DATA_SUFFIX):
+        raise FormatError(
+            f"{text!r} is a data file of a checkpoint folder: open its folder, {folder!r}"
+        )
+    return LocalStorage(folder, trusted=name), name
 
 
 def _is_metadata(name: str) -> bool:
@@ -109,10 +127,24 @@ def _open_file(storage: Storage, name: str, allowed: Allowed | None) -> Checkpoi
     return read_torch_save(storage, name, allowed=allowed)
 
 
+def _names_others(name: str) -> bool:
+    """Whether a file of that name says which files a checkpoint has."""
+    return _is_metadata(name) or name.endswith(_INDEX_SUFFIX)
+
+
+def _has_safetensors(storage: Storage, names: Sequence[str], *, is_alone: bool) -> bool:
+    """Whether there are Hugging Face's files; not being able to tell matters only if `is_alone`."""
+    try:
+        return bool(find_files(storage, names))
+    except StorageError:
+        if is_alone:
+            raise
+        return False
+
+
 def _open_only_file(
-    storage: Storage, names: Sequence[str], allowed: Allowed | None
+    storage: Storage, names: Sequence[str], files: Sequence[str], allowed: Allowed | None
 ) -> CheckpointIndex:
-    files = [name for name in names if "/" not in name and name.endswith(_TORCH_SAVE)]
     if len(files) == 1:
         return read_torch_save(storage, files[0], allowed=allowed)
     if files:
@@ -123,7 +155,26 @@ def _open_only_file(
     raise CheckpointNotFoundError(
         f"no checkpoint at {storage.location!r}: looked for {_METADATA}, __<rank>.metadata, "
         f"*.safetensors, and one file of {', '.join('*' + suffix for suffix in _TORCH_SAVE)}"
+        f"{_hint_at_subfolders(storage, names)}"
     )
+
+
+def _hint_at_subfolders(storage: Storage, names: Sequence[str]) -> str:
+    """Name the subfolders to open in place of their parent; looks at the first few only."""
+    folders = [name.rstrip("/") for name in names if name.endswith("/")][:_MOST_LOOKED_INTO]
+    found = [repr(folder) for folder in folders if _looks_like_checkpoint(storage, folder)]
+    if not found:
+        return ""
+    more = ", ..." if len(found) > _MOST_NAMED else ""
+    return f"; open one of its subfolders: {', '.join(found[:_MOST_NAMED])}{more}"
+
+
+def _looks_like_checkpoint(storage: Storage, folder: str) -> bool:
+    try:
+        names = [name[len(folder) + 1 :] for name in storage.list_folder(folder)]
+    except ShardpointError:
+        return False  # it cannot be looked into: then it is not named
+    return any(_is_metadata(name) or name.endswith(_SAFETENSORS + _TORCH_SAVE) for name in names)
 
 
 def _with_containers(index: CheckpointIndex, storage: Storage) -> CheckpointIndex:

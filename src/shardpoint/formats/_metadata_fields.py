@@ -23,6 +23,7 @@ from shardpoint.formats._metadata_pickle import (
     TensorRecord,
 )
 from shardpoint.formats._pickle_guards import DEFAULT_LIMITS, describe
+from shardpoint.formats._planner_data import split_planner_data
 
 __all__ = ["MetadataFields", "Place", "TensorFields", "check_metadata"]
 
@@ -63,13 +64,14 @@ class TensorFields:
 
 @dataclass(slots=True)
 class MetadataFields:
-    """A whole ``Metadata``."""
+    """A whole ``Metadata``; `planner_data` is None where that is paths, or nothing."""
 
     file: str
     key_order: list[str]
     tensors: list[TensorFields]
     objects: dict[str, Place | None]
     paths: dict[str, tuple[str | int, ...]] | None
+    planner_data: Any
     storage_meta: dict[str, Any] | None
     version: str | None
 
@@ -221,20 +223,6 @@ class _Checker:
             tuple([self.text(d, "a transform descriptor", key) for d in descriptors]),
         )
 
-    def paths(self, value: Any) -> dict[str, tuple[str | int, ...]] | None:
-        if value is None:
-            return None
-        if type(value) is not dict:
-            self.fail(f"planner_data is {describe(value)}, not a dict of paths")
-        for key, path in value.items():
-            self.text(key, "a key of planner_data", None)
-            if type(path) is not tuple or not path:
-                self.fail(f"its path in planner_data is {describe(path)}, not a tuple", key)
-            for part in path:
-                if type(part) is not str and type(part) is not int:
-                    self.fail(f"its path in planner_data has {describe(part)}", key)
-        return value
-
     def storage_meta(self, record: Any) -> dict[str, Any] | None:
         if record is None:
             return None
@@ -286,12 +274,16 @@ def check_metadata(record: MetadataRecord, *, file: str) -> MetadataFields:
         else:
             tensors.append(checker.tensor(key, entry))
     version = state.get("version")
+    paths, planner_data = split_planner_data(
+        state.get("planner_data"), keys=entries, source=f"file {file!r}"
+    )
     return MetadataFields(
         file=file,
         key_order=list(entries),
         tensors=tensors,
         objects=objects,
-        paths=checker.paths(state.get("planner_data")),
+        paths=paths,
+        planner_data=planner_data,
         storage_meta=checker.storage_meta(state.get("storage_meta")),
         version=None if version is None else checker.text(version, "version", None),
     )

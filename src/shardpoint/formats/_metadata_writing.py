@@ -16,6 +16,9 @@ from typing import Any
 from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import FormatError, NotSupportedError
 from shardpoint.formats._pickle_guards import describe
+from shardpoint.formats._pickle_writing import integer as _integer
+from shardpoint.formats._pickle_writing import text as _text
+from shardpoint.formats._planner_data import check_plain, planner_values
 from shardpoint.index import NO_FILE, CheckpointIndex, Container
 
 __all__ = ["write_metadata"]
@@ -24,24 +27,6 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _NEW_WITH_FIELDS = b")\x81}("  # EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK ...
 _END_FIELDS = b"ub"  # ... SETITEMS BUILD
 _TRUE_FALSE = {True: b"\x88", False: b"\x89"}
-
-
-def _integer(value: int) -> bytes:
-    if 0 <= value < 1 << 8:
-        return b"K" + value.to_bytes(1, "little")
-    if 0 <= value < 1 << 16:
-        return b"M" + value.to_bytes(2, "little")
-    if -(1 << 31) <= value < 1 << 31:
-        return b"J" + value.to_bytes(4, "little", signed=True)
-    length = value.bit_length() // 8 + 1
-    return b"\x8a" + bytes((length,)) + value.to_bytes(length, "little", signed=True)
-
-
-def _text(value: str) -> bytes:
-    data = value.encode("utf-8", "surrogatepass")
-    if len(data) < 1 << 8:
-        return b"\x8c" + bytes((len(data),)) + data
-    return b"X" + struct.pack("<I", len(data)) + data
 
 
 def _tuple(parts: Sequence[bytes]) -> bytes:
@@ -168,8 +153,11 @@ class _Writer:
             yield _END_FIELDS
         yield b"e"
 
-    def paths(self) -> Iterator[bytes]:
-        """``planner_data``."""
+    def planner_data(self) -> Iterator[bytes]:
+        """``planner_data``: the planner's own values where it stored any, else the paths."""
+        if self.index.planner_data is not None:
+            yield from planner_values(self.index.planner_data, self.memo.define)
+            return
         paths = self.index.paths
         if paths is None:
             yield b"N"
@@ -281,17 +269,21 @@ def write_metadata(index: CheckpointIndex) -> bytes:
     NotSupportedError
         If a chunk is in a container that ``.metadata`` cannot describe.
     FormatError
-        If a field of `CheckpointIndex.storage_meta` is no path, text or list of texts.
+        If a field of `CheckpointIndex.storage_meta` is no path, text or list of texts,
+        or `CheckpointIndex.planner_data` holds anything but plain values.
+    LimitExceededError
+        If `CheckpointIndex.planner_data` is nested too deeply or is far too large.
     """
     if (index.chunks.container == Container.RAW).any():
         raise NotSupportedError("a chunk outside a torch record cannot be described in .metadata")
+    check_plain(index.planner_data, source="the index")
     writer = _Writer(index)
     memo = writer.memo
     keys = writer.keys()
     start = memo.name(_METADATA, "Metadata") + _NEW_WITH_FIELDS
     fields: list[tuple[bytes, Iterable[bytes]]] = [
         (memo.text("state_dict_metadata"), writer.entries(keys)),
-        (memo.text("planner_data"), writer.paths()),
+        (memo.text("planner_data"), writer.planner_data()),
         (memo.text("storage_data"), writer.storage(keys)),
     ]
     if index.storage_meta is not None:

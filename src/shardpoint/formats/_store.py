@@ -6,7 +6,6 @@ of the same layer and know nothing of each other.
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
@@ -43,8 +42,8 @@ class Store(Protocol):
     def location(self) -> str:
         """For messages."""
 
-    def list(self) -> builtins.list[str]:
-        """Return the names of all files, sorted."""
+    def list_folder(self, folder: str = "") -> list[str]:
+        """Return what is directly in one folder, sorted; names of folders end with ``/``."""
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""

@@ -68,7 +68,8 @@ def read_per_rank_metadata(
     """Read the ``__{rank}.metadata`` files of a checkpoint saved without collectives.
 
     Chunks that several ranks wrote with the same box are kept once, the lowest rank's; of
-    objects under one key, too.
+    objects under one key, too. Where planners stored more than paths, it is that of the lowest
+    rank that stored any.
 
     Parameters
     ----------
@@ -138,12 +139,23 @@ class _Union:
                 )
             if merged.objects.get(key) is None:
                 merged.objects[key] = place
-        if (merged.paths is None) != (other.paths is None):
-            raise FormatError(f"file {other.file!r}: only some of the ranks flattened their state")
-        if merged.paths is not None and other.paths is not None:
-            for key, path in other.paths.items():
-                if merged.paths.setdefault(key, path) != path:
-                    raise FormatError(f"key {key!r}, file {other.file!r}: ranks differ in its path")
+        self._add_planner_data(other)
+
+    def _add_planner_data(self, other: MetadataFields) -> None:
+        merged = self.merged
+        own_values = merged.planner_data is not None or other.planner_data is not None
+        if merged.planner_data is None:
+            merged.planner_data = other.planner_data
+        if other.paths is None or merged.paths is None:
+            if not own_values and merged.paths is not other.paths:
+                raise FormatError(
+                    f"file {other.file!r}: only some of the ranks flattened their state"
+                )
+            merged.paths = other.paths if merged.paths is None else merged.paths
+            return
+        for key, path in other.paths.items():
+            if merged.paths.setdefault(key, path) != path:
+                raise FormatError(f"key {key!r}, file {other.file!r}: ranks differ in its path")
 
     def _add_tensor(self, tensor: TensorFields, file: str) -> None:
         key = tensor.key
@@ -238,6 +250,7 @@ def _to_columns(
         transforms=list(places.transforms),
         key_order=fields.key_order,
         paths=fields.paths,
+        planner_data=fields.planner_data,
         storage_meta=fields.storage_meta,
         version=fields.version,
         source=source,

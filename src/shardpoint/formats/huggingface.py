@@ -34,7 +34,7 @@ from shardpoint.index import (
     build_index,
 )
 
-__all__ = ["read_directory"]
+__all__ = ["find_files", "read_directory"]
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -115,9 +115,8 @@ def _choose(storage: Store, name: str | None) -> tuple[str | None, list[str]]:
         if not storage.has(name):
             raise CheckpointNotFoundError(f"no file {name!r} in {storage.location!r}")
         return (name, []) if name.endswith(_INDEX_SUFFIX) else (None, [name])
-    names = storage.list()
-    top = [n for n in names if "/" not in n]
-    indexes = [n for n in top if n.endswith(_INDEX_SUFFIX)]
+    found = find_files(storage, storage.list_folder())
+    indexes = [n for n in found if n.endswith(_INDEX_SUFFIX)]
     if _USUAL_INDEX in indexes:
         return _USUAL_INDEX, []
     if len(indexes) > 1:
@@ -126,12 +125,30 @@ def _choose(storage: Store, name: str | None) -> tuple[str | None, list[str]]:
         )
     if indexes:
         return indexes[0], []
-    files = [n for n in top if n.endswith(_SUFFIX)]
-    if not files:
-        files = [n for n in names if n.startswith(_SHARD_FOLDER) and n.endswith(_SUFFIX)]
-    if not files:
+    if not found:
         raise CheckpointNotFoundError(f"no safetensors files in {storage.location!r}")
-    return None, files
+    return None, found
+
+
+def find_files(storage: Store, names: Iterable[str]) -> list[str]:
+    """Return the indexes and safetensors files of a folder; at the top, else in ``sharded/``.
+
+    Parameters
+    ----------
+    names
+        What is directly in the folder, as `Store.list_folder` gives it.
+
+    Raises
+    ------
+    StorageError
+        If ``sharded/`` has to be looked into, and cannot be.
+    """
+    names = list(names)
+    found = [name for name in names if name.endswith((_SUFFIX, _INDEX_SUFFIX))]
+    if not found and _SHARD_FOLDER in names:
+        inside = storage.list_folder(_SHARD_FOLDER.rstrip("/"))
+        found = [name for name in inside if name.endswith(_SUFFIX)]
+    return found
 
 
 def _parse_json(text: str | bytes, what: str, file: str) -> Any:

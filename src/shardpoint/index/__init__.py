@@ -1,21 +1,23 @@
 """What a checkpoint holds, in columns."""
 
+from shardpoint.index._building import (
+    ChunkEntry,
+    ObjectEntry,
+    TensorEntry,
+    build_index,
+    row_major_strides,
+)
 from shardpoint.index._columns import (
     CONJUGATE,
     NEGATIVE,
     NO_FILE,
     UNKNOWN,
     CheckpointIndex,
-    ChunkEntry,
     Chunks,
     Container,
-    ObjectEntry,
     Objects,
     Payloads,
-    TensorEntry,
     Tensors,
-    build_index,
-    row_major_strides,
 )
 
 __all__ = [

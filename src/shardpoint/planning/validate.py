@@ -19,7 +19,7 @@ from shardpoint.planning._geometry import (
 )
 from shardpoint.region import MAX_VOLUME, Int64Array
 
-__all__ = ["find_problems"]
+__all__ = ["find_problems", "find_span_problems"]
 
 _UNCHECKED = -1
 _MISSING = -2
@@ -71,6 +71,29 @@ def find_problems(
         last += _missing_files(index, chunk_rows, sizes, with_objects=rows is None)
     found.sort(key=lambda item: item[0])
     return [*(problem for _, problem in found), *last]
+
+
+def find_span_problems(
+    index: CheckpointIndex, *, chunk_rows: Int64Array, file_sizes: Mapping[str, int | None]
+) -> list[Problem]:
+    """Find which of some chunks are not inside their files, as `find_problems` does for all.
+
+    Parameters
+    ----------
+    chunk_rows
+        Chunks that have a file.
+    file_sizes
+        As for `find_problems`.
+    """
+    known = [file_sizes.get(name, _UNCHECKED) for name in index.files]
+    sizes = np.array([_MISSING if size is None else size for size in known], np.int64)
+    found = [
+        *_record_spans(index, chunk_rows, sizes),
+        *_payload_spans(index, chunk_rows, sizes),
+    ]
+    found.sort(key=lambda item: item[0])
+    missing = _missing_files(index, chunk_rows, sizes, with_objects=False)
+    return [*(problem for _, problem in found), *missing]
 
 
 def _chunk_text(index: CheckpointIndex, row: int, chunk: int) -> str:

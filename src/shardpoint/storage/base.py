@@ -7,6 +7,7 @@ raise `UnsafePathError` before anything is opened.
 
 from __future__ import annotations
 
+import builtins
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
@@ -103,6 +104,24 @@ class Storage(ABC):
     @abstractmethod
     def list(self) -> list[str]:
         """Return the names of all files, at any depth, sorted; empty if there is no place."""
+
+    def list_folder(self, folder: str = "") -> builtins.list[str]:
+        """Return what is directly in one folder (``""``: the place itself), sorted.
+
+        Names are relative to the checkpoint; those of folders end with ``/``. Empty if there
+        is no such folder.
+
+        Raises
+        ------
+        UnsafePathError, StorageError
+        """
+        prefix = folder + "/" if folder else ""
+        found = set()
+        for name in self.list():
+            if name.startswith(prefix):
+                first, slash, _ = name[len(prefix) :].partition("/")
+                found.add(prefix + first + slash)
+        return sorted(found)
 
     @abstractmethod
     def has(self, name: str) -> bool:

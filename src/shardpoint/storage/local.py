@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import os
@@ -30,14 +31,23 @@ class LocalStorage(Storage):
     may be reached through links. Only regular files are opened: a pipe or a device is
     refused at once instead of being waited for.
 
+    One layout is read although its links lead out: that of Hugging Face's cache
+    (huggingface_hub 0.8 and later), where the files of a folder ``snapshots/<revision>`` are
+    links to files directly in the folder ``blobs`` beside ``snapshots``.
+
     Parameters
     ----------
     path
         The folder; it need not exist.
+    trusted
+        The name of one file in it that may be a link to anywhere: the caller chose it, not
+        the checkpoint.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, trusted: str | None = None) -> None:
         self._path = os.path.abspath(os.fspath(path))
+        self._trusted = trusted
+        self._known_root: str | None = None
         self._lock = threading.Lock()
         self._unsynced_folders: set[str] = set()
 
@@ -60,9 +70,24 @@ class LocalStorage(Storage):
         """
         self._make_folder(self._path)
 
-    def list(self) -> list[str]:
+    def list_folder(self, folder: str = "") -> builtins.list[str]:
+        """Return what is directly in one folder; see `Storage.list_folder`."""
+        path = self._resolve(folder) if folder else self._path
+        prefix = folder + "/" if folder else ""
+        try:
+            with os.scandir(path) as entries:
+                return sorted(
+                    prefix + entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "")
+                    for entry in entries
+                )
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return []
+            raise refused("list", path, error) from error
+
+    def list(self) -> builtins.list[str]:
         """Return the names of all files and links at any depth, sorted."""
-        names: list[str] = []
+        names: builtins.list[str] = []
         waiting = [""]
         while waiting:
             prefix = waiting.pop()
@@ -88,7 +113,7 @@ class LocalStorage(Storage):
 
     def size(self, name: str) -> int | None:
         """Return the file's size, None if there is no regular file; see `Storage.size`."""
-        path = self._resolve(name)
+        path = self._resolve_for_reading(name)
         try:
             found = os.stat(path, follow_symlinks=False)
         except OSError as error:
@@ -99,7 +124,7 @@ class LocalStorage(Storage):
 
     def open(self, name: str) -> ReadableFile:
         """Open a regular file for reading; see `Storage.open`."""
-        path = self._resolve(name)
+        path = self._resolve_for_reading(name)
         try:
             descriptor = os.open(path, _OPEN_FLAGS)
         except OSError as error:
@@ -186,7 +211,13 @@ class LocalStorage(Storage):
                 raise refused("sync", folder, error) from error
 
     def _root(self) -> str:
-        return os.path.realpath(self._path)
+        """Return the folder's path without links; looked up until the folder exists."""
+        root = self._known_root
+        if root is None:
+            root = os.path.realpath(self._path)
+            if os.path.isdir(root):
+                self._known_root = root
+        return root
 
     def _resolve(self, name: str) -> str:
         """Return the path behind all links.
@@ -196,12 +227,27 @@ class LocalStorage(Storage):
         UnsafePathError
             If the name is refused or leads out of the folder.
         """
-        parts = check_name(name)
-        root = self._root()
-        path = os.path.realpath(os.path.join(root, *parts))
-        if os.path.commonpath([root, path]) != root or path == root:
+        root, path = self._behind_links(name)
+        if not _is_below(path, root):
             raise UnsafePathError(f"file {name!r} leads out of {self._path!r}")
         return path
+
+    def _resolve_for_reading(self, name: str) -> str:
+        """Return the path behind all links, also of the ones that may lead out."""
+        root, path = self._behind_links(name)
+        if _is_below(path, root) or name == self._trusted or _is_blob_of(path, root):
+            return path
+        raise UnsafePathError(f"file {name!r} leads out of {self._path!r}")
+
+    def _behind_links(self, name: str) -> tuple[str, str]:
+        """Return the folder's path and the file's, both without links."""
+        parts = check_name(name)
+        root = path = self._root()
+        for part in parts:
+            path = os.path.join(path, part)
+            if os.path.islink(path):
+                return root, os.path.realpath(os.path.join(root, *parts))
+        return root, path
 
     def _resolve_for_writing(self, name: str) -> str:
         """Return the path with its folder made; the last part is not followed."""
@@ -230,6 +276,18 @@ class LocalStorage(Storage):
             raise refused("create folder", folder, error) from error
         with self._lock:
             self._unsynced_folders.update(parents)
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path != root and os.path.commonpath([root, path]) == root
+
+
+def _is_blob_of(path: str, root: str) -> bool:
+    """Whether a file lies where the links of a Hugging Face snapshot folder lead."""
+    snapshots, revision = os.path.split(root)
+    cache, name = os.path.split(snapshots)
+    blobs = os.path.join(cache, "blobs")
+    return bool(revision) and name == "snapshots" and os.path.dirname(path) == blobs
 
 
 def _reserve(descriptor: int, path: str, size: int | None) -> None:

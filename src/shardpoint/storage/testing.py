@@ -113,6 +113,11 @@ class CountingStorage(Storage):
         self.note("list", "", 0, 0)
         return self._storage.list()
 
+    def list_folder(self, folder: str = "") -> builtins.list[str]:
+        """Pass on."""
+        self.note("list_folder", folder, 0, 0)
+        return self._storage.list_folder(folder)
+
     def has(self, name: str) -> bool:
         """Pass on; not counted."""
         return self._storage.has(name)
