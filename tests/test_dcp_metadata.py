@@ -470,7 +470,7 @@ MORE_THAN_PATHS: list[tuple[Any, Any]] = [
     ({"w": ("a", 1.5)}, None),
     ({"w": ("a", True)}, None),
     ({"w": ()}, None),
-    ({("a", 1): {1, 2}, None: frozenset({b"x", "y"})}, None),
+    ({("a", 1): {1, 2}, None: frozenset({b"x"})}, None),
     ([1 << 3000, -(1 << 70), 300, 70000, -1, 0.5, -0.0, "x" * 300, b"x" * 300, b"", None], None),
     ("text", None),
     (False, None),
