@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 from shardpoint.dcp._state import flatten_state
 
-__all__ = ["KINDS", "blank", "build", "differences"]
+__all__ = ["KINDS", "blank", "build", "differences", "values"]
 
 
 def values(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -47,6 +47,19 @@ class StorageConformance:
         assert storage.exists()
         assert storage.list() == []
 
+    def test_one_folder_is_listed_without_what_is_below(self, storage: Storage) -> None:
+        assert storage.list_folder() == []
+        assert storage.list_folder("a") == []
+        storage.prepare()
+        for name in ("top", "a/one", "a/two", "a/b/three"):
+            storage.replace(name, b"", sync=False)
+        assert storage.list_folder() == ["a/", "top"]
+        assert storage.list_folder("a") == ["a/b/", "a/one", "a/two"]
+        assert Storage.list_folder(storage, "a") == ["a/b/", "a/one", "a/two"]
+        assert Storage.list_folder(storage) == ["a/", "top"]
+        with pytest.raises(UnsafePathError):
+            storage.list_folder("../a")
+
     def test_written_bytes_are_read_back(self, ready: Storage) -> None:
         with ready.create("a/b.bin", size=10) as file:
             file.write_from(4, [memoryview(b"456"), memoryview(b""), memoryview(b"789")])

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import shardpoint.dcp as dcp
-from dcp_states import KINDS, blank, build, differences
+from dcp_states import KINDS, blank, build, differences, values
 from ranks import RankPool
 
 PACKAGES = {"torch": torch_dcp, "shardpoint": dcp}
@@ -48,7 +51,7 @@ def _save_both(kind: str, folder: str) -> None:
         package.save(state, checkpoint_id=f"{folder}/{name}")
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_metadata_is_what_torch_writes(
     pool: RankPool, tmp_path: Path, kind: str, world_size: int
@@ -79,3 +82,25 @@ def _boxes(tensor: Any) -> list[tuple[Any, Any]]:
 
 def _unpickled(path: Path) -> Any:
     return pickle.loads(path.read_bytes())
+
+
+def _bytes_read(folder: str, saved_axis: int, loaded_axis: int) -> tuple[list[str], int, int]:
+    """Save in one layout, load in another; return differences, bytes read, bytes held."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = values("resharded", 1024, 512)
+    dcp.save({"t": distribute_tensor(whole, mesh, [Shard(saved_axis)])}, checkpoint_id=folder)
+    target = distribute_tensor(torch.zeros_like(whole), mesh, [Shard(loaded_axis)])
+    report = dcp.load({"t": target}, checkpoint_id=folder)
+    wanted = distribute_tensor(whole, mesh, [Shard(loaded_axis)])
+    held = target.to_local().numel() * target.element_size()
+    return differences({"t": target}, {"t": wanted}), report.bytes_read, held
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+def test_a_rank_reads_its_own_bytes_and_no_more(
+    pool: RankPool, tmp_path: Path, axes: tuple[int, int]
+) -> None:
+    for wrong, read, held in pool.run(4, _bytes_read, str(tmp_path / "ckpt"), *axes):
+        assert wrong == []
+        headers = 4 * 4096  # of the four stored chunks
+        assert held <= read <= 1.05 * held + headers

@@ -151,3 +151,19 @@ def test_interrupt_in_a_task_ends_the_operation() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_tasks([interrupted] + [lambda: None] * 50, threads=3, name="interrupt")
     assert not _threads_named("interrupt")
+
+
+def test_there_are_no_more_threads_than_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    start = threading.Thread.start
+
+    def note(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", note)
+    done: list[int] = []
+    tasks = [lambda i=i: (time.sleep(0.01), done.append(i)) for i in range(3)]
+    run_tasks(iter(tasks), threads=1000, name="few")  # type: ignore[arg-type]
+    assert sorted(done) == [0, 1, 2]
+    assert len([name for name in started if name.startswith("few")]) <= 3

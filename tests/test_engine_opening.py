@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from safetensors.numpy import save_file
 
 from engine_support import request, sink_of
 from fixture_support import PUBLIC, Fixture, assert_same_array, public_fixtures
+from shardpoint.engine.objects import read_object_records, read_objects
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import read_object, read_tensors
 from shardpoint.errors import (
     CheckpointNotFoundError,
     CorruptionError,
+    ForbiddenContentError,
     FormatError,
     LimitExceededError,
     NotSupportedError,
@@ -317,3 +320,80 @@ def test_a_data_file_is_told_from_a_checkpoint() -> None:
     folder = BY_NAME["2.13.0/async_w2"].checkpoint
     with pytest.raises(FormatError, match="a data file of a checkpoint folder: open its folder"):
         open_index(folder / "__0_0.distcp")
+
+
+class _FailingStorage(LocalStorage):
+    """Reading over one position of a file fails."""
+
+    def __init__(self, path: Path, name: str, position: int, error: Exception) -> None:
+        super().__init__(path)
+        self._bad = (name, position, error)
+
+    def open(self, name: str) -> Any:
+        file = super().open(name)
+        bad, position, error = self._bad
+        if name == bad:
+            read_into = file.read_into
+
+            class Failing:
+                size = file.size
+                close = file.close
+
+                def read_into(self, offset: int, buffers: Any) -> None:
+                    if offset <= position < offset + sum(map(len, buffers)):
+                        raise error
+                    read_into(offset, buffers)
+
+            return Failing()
+        return file
+
+
+def _objects_of_plain() -> tuple[CheckpointIndex, Path, list[int]]:
+    """Return an index, its place, and rows of at least three objects that touch."""
+    place = BY_NAME["2.13.0/plain_w1"].checkpoint
+    index, _ = open_index(place)
+    rows = sorted(range(len(index.objects)), key=lambda row: int(index.objects.record_offset[row]))
+    return index, place, rows
+
+
+def test_the_object_that_cannot_be_read_is_the_one_named() -> None:
+    index, place, rows = _objects_of_plain()
+    middle = rows[len(rows) // 2]
+    key = index.objects.keys[middle]
+    position = int(index.objects.record_offset[middle]) + 10
+    name = index.files[int(index.objects.file[middle])]
+    error = ForbiddenContentError("made up", qualified_name="a.B")
+    storage = _FailingStorage(place, name, position, error)
+    with pytest.raises(ForbiddenContentError, match="made up") as caught:
+        list(read_object_records(index, storage, rows))
+    assert str(caught.value).startswith(f"key {key!r}: ")
+    assert caught.value.qualified_name == "a.B"
+    failures: dict[int, ShardpointError] = {}
+    found = dict(read_object_records(index, storage, rows, failures=failures))
+    assert list(failures) == [middle]
+    assert set(found) == set(rows) - {middle}
+    refusing = _FailingStorage(place, name, position, StorageError(errno.EIO, "broken"))
+    with pytest.raises(StorageError, match="broken") as refused:
+        list(read_object_records(index, refusing, rows))
+    assert refused.value.errno == errno.EIO
+
+
+def test_all_objects_are_read_but_the_bad_ones() -> None:
+    index, place, rows = _objects_of_plain()
+    bad = rows[1]
+    index.objects.record_length[bad] += 1 << 40
+    failures: dict[int, ShardpointError] = {}
+    values = dict(
+        read_objects(
+            index,
+            LocalStorage(place),
+            rows,
+            factory=NumpyFactory(),
+            allowed={},
+            verify=True,
+            failures=failures,
+        )
+    )
+    assert list(failures) == [bad]
+    assert repr(index.objects.keys[bad]) in str(failures[bad])
+    assert set(values) == set(rows) - {bad}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardpoint
+from engine_support import grid, save
 from fixture_support import (
     PUBLIC,
     Fixture,
@@ -30,7 +33,12 @@ from shardpoint import (
     PlanError,
     StorageError,
 )
+from shardpoint.dtypes import dtype_named
+from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.formats.object_decoder import DeviceValue, DTypeValue, TensorSize
+from shardpoint.index import ObjectEntry, TensorEntry, build_index
+from shardpoint.planning.validate import find_problems
+from shardpoint.storage import LocalStorage
 from shardpoint.tree import unflatten
 
 PLAIN = PUBLIC / "2.13.0" / "plain_w1" / "ckpt"
@@ -418,3 +426,157 @@ def test_classes_can_be_allowed_by_name() -> None:
         shardpoint.open(place)["cfg.name"]
     value = shardpoint.open(place, allowed={"myproject.config.Config": Config})["cfg.name"]
     assert isinstance(value, Config)
+
+
+def test_a_problems_place_is_said_once(tmp_path: Path) -> None:
+    place = damaged(tmp_path, "dtypes.float64")
+    entry = shardpoint.open(PLAIN).info("top_int")
+    assert isinstance(entry, shardpoint.ObjectInfo)
+    with (place / "__0_0.distcp").open("r+b") as file:
+        file.seek(entry.record_offset)
+        file.write(b"\0" * entry.record_length)
+    report = shardpoint.open(place).verify()
+    assert len(report.problems) == 2
+    for problem in report.problems:
+        assert str(problem).count(repr(problem.key)) == 1
+        assert str(problem).count(repr(problem.file)) == 1
+
+
+def test_many_bad_chunks_of_one_tensor_are_each_planned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is planned grows with the chunks, not with their square."""
+    array = np.arange(2048, dtype=np.float32).reshape(256, 8)
+    chunks = grid("x", array.shape, [list(range(4, 256, 4)), []])
+    index = save(LocalStorage(tmp_path), {"x": array}, chunks)
+    for row in range(len(index.chunks)):
+        file = tmp_path / index.files[index.chunks.file[row]]
+        at = int(index.chunks.record_offset[row])
+        data = bytearray(file.read_bytes())
+        position = data.index(array[4 * row : 4 * row + 4].tobytes(), at)
+        data[position] ^= 1
+        file.write_bytes(data)
+    (tmp_path / ".metadata").write_bytes(write_metadata(index))
+    planned = []
+
+    def count(index: Any, **wanted: Any) -> Any:
+        planned.append(len(index.chunks))
+        return find_problems(index, **wanted)
+
+    monkeypatch.setattr("shardpoint.engine._readplan.find_problems", count)
+    report = shardpoint.open(tmp_path).verify()
+    assert len(report.problems) == report.chunks == report.chunks_read == 64
+    assert {(problem.key, problem.file) for problem in report.problems} == {
+        ("x", "__0_0.distcp"),
+        ("x", "__1_0.distcp"),
+    }
+    assert sum(planned) == 2 * 64
+
+
+def test_verify_reads_neighbouring_objects_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    open_file = LocalStorage.open
+    monkeypatch.setattr(
+        LocalStorage, "open", lambda self, name: opened.append(name) or open_file(self, name)
+    )
+    checkpoint = shardpoint.open(PLAIN)
+    assert len(checkpoint.index.objects) > 3
+    opened.clear()
+    checkpoint.tree()
+    assert opened == ["__0_0.distcp"] * 2
+    opened.clear()
+    assert checkpoint.verify().ok
+    assert opened == ["__0_0.distcp"] * 2
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_handle_is_pickled_as_where_it_lies(
+    protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(PLAIN, tmp_path / "ckpt")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = shardpoint.open("ckpt", threads=3, verify=False)
+    data = pickle.dumps(checkpoint, protocol)
+    assert len(data) < 1000
+    monkeypatch.chdir("/")
+    again = pickle.loads(data)
+    assert again.location == checkpoint.location
+    assert_same_array(again["dtypes.float64"], plain().tensors["dtypes.float64"], "dtypes.float64")
+    checkpoint.close()
+    with pytest.raises(StorageError, match="closed"):
+        pickle.dumps(checkpoint, protocol)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": os.fsencode(PLAIN)}, "a path must be a str"),
+        ({"threads": "a"}, "threads must be an int"),
+        ({"threads": 1.5}, "threads must be an int"),
+        ({"threads": True}, "threads must be an int"),
+        ({"allowed": ["a.B"]}, "allowed must map"),
+        ({"allowed": {"a.B": "a.B"}}, "allowed must map"),
+        ({"allowed": {int: int}}, "allowed must map"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        shardpoint.open(**{"path": PLAIN, **arguments})
+
+
+def test_a_prefix_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="a prefix must be a str, not int"):
+        shardpoint.open(PLAIN).tree(3)  # type: ignore[arg-type]
+
+
+def test_a_missing_key_is_not_compared_with_millions(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build_index(
+        [],
+        [ObjectEntry(f"k{i}", None, value=i) for i in range(20_000)],
+        key_order=[f"k{i}" for i in range(20_000)],
+        paths=None,
+        storage_meta=None,
+        version=None,
+        source="torch",
+        metadata_files=[],
+    )
+    checkpoint = Checkpoint(index, LocalStorage(PLAIN), allowed={}, verify=True, threads=1)
+    compared: list[int] = []
+
+    def count(word: str, possibilities: Any, **_: Any) -> list[str]:
+        compared.append(len(word))
+        compared.append(len(list(possibilities)))
+        return []
+
+    monkeypatch.setattr("difflib.get_close_matches", count)
+    with pytest.raises(CheckpointKeyError):
+        checkpoint["k" * 100_000]
+    letters, keys = compared
+    assert letters <= 1000
+    assert keys <= 10_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1 << 62, 1 << 62, 0), "empty axes aside"), ((-3, 4), r"\(-3, 4\) has a negative number")],
+)
+def test_shapes_that_cannot_be_are_the_same_error_everywhere(
+    shape: tuple[int, ...], message: str
+) -> None:
+    index = build_index(
+        [TensorEntry("x", dtype_named("float32"), shape, [])],
+        [],
+        key_order=["x"],
+        paths=None,
+        storage_meta=None,
+        version=None,
+        source="dcp",
+        metadata_files=[],
+    )
+    checkpoint = Checkpoint(index, LocalStorage(PLAIN), allowed={}, verify=True, threads=1)
+    report = checkpoint.verify()
+    assert [problem.key for problem in report.problems] == ["x"]
+    assert re.search(message, str(report.problems[0]))
+    for read in (lambda: checkpoint["x"], checkpoint.tree, lambda: checkpoint.read("x", slice(1))):
+        with pytest.raises(PlanError, match=message):
+            read()

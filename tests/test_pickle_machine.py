@@ -336,3 +336,11 @@ def test_describe_is_short_whatever_it_is_given() -> None:
     assert describe(1 << 100_000) == "a huge int"
     assert describe(7) == "7 (int)"
     assert describe([1, 2]) == "a list"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x80\x04he.", b"\x80\x02j\x65\x00\x00\x00.", b"\x80\x02g101\n."]
+)
+def test_a_memo_entry_that_is_missing_is_called_that(data: bytes) -> None:
+    with pytest.raises(FormatError, match="memo entry 101, which nothing has set"):
+        run(data)
