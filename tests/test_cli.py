@@ -247,10 +247,10 @@ def test_verify_lists_problems_and_exits_with_1(tmp_path: Path, capsys: Captured
     [problem] = report["problems"]
     assert problem["key"] == "dtypes.float64"
     assert problem["file"] == "__0_0.distcp"
-    assert problem["offset"] == 49566
+    assert problem["offset"] == 50270
     assert run("verify", place) == 1
     shown = capsys.readouterr().out
-    assert "key dtypes.float64, file __0_0.distcp, byte 49,566\n" in shown
+    assert "key dtypes.float64, file __0_0.distcp, byte 50,270\n" in shown
     assert shown.endswith("1 problem\n")
 
 

@@ -556,13 +556,8 @@ def test_a_missing_key_is_not_compared_with_millions(monkeypatch: pytest.MonkeyP
     assert keys <= 10_000
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((1 << 62, 1 << 62, 0), "empty axes aside"), ((-3, 4), r"\(-3, 4\) has a negative number")],
-)
-def test_shapes_that_cannot_be_are_the_same_error_everywhere(
-    shape: tuple[int, ...], message: str
-) -> None:
+def of_shape(shape: tuple[int, ...]) -> Checkpoint:
+    """Return a checkpoint whose index names one tensor without chunks."""
     index = build_index(
         [TensorEntry("x", dtype_named("float32"), shape, [])],
         [],
@@ -573,10 +568,23 @@ def test_shapes_that_cannot_be_are_the_same_error_everywhere(
         source="dcp",
         metadata_files=[],
     )
-    checkpoint = Checkpoint(index, LocalStorage(PLAIN), allowed={}, verify=True, threads=1)
+    return Checkpoint(index, LocalStorage(PLAIN), allowed={}, verify=True, threads=1)
+
+
+def test_a_negative_shape_is_the_same_error_everywhere() -> None:
+    checkpoint = of_shape((-3, 4))
+    message = r"the shape \(-3, 4\) has a negative number"
     report = checkpoint.verify()
     assert [problem.key for problem in report.problems] == ["x"]
     assert re.search(message, str(report.problems[0]))
     for read in (lambda: checkpoint["x"], checkpoint.tree, lambda: checkpoint.read("x", slice(1))):
         with pytest.raises(PlanError, match=message):
             read()
+
+
+def test_an_empty_shape_that_only_torch_has_is_no_damage() -> None:
+    checkpoint = of_shape((1 << 62, 0, 1 << 62))
+    assert checkpoint.verify().ok
+    with pytest.raises(shardpoint.LimitExceededError, match="numpy has no array"):
+        checkpoint["x"]
+    assert checkpoint.read("x", (slice(2), slice(None), 3)).shape == (2, 0)

@@ -44,9 +44,12 @@ def select(shape: tuple[int, ...], selection: Selection, *, key: str) -> Selecte
     Raises
     ------
     PlanError
-        If there are more entries than axes, more than one Ellipsis, an integer is out of
-        range, or an entry is of another kind (None, arrays and lists select nothing here).
+        If the shape has a negative number, there are more entries than axes, more than one
+        Ellipsis, an integer is out of range, or an entry is of another kind (None, arrays and
+        lists select nothing here).
     """
+    if any(size < 0 for size in shape):
+        raise PlanError(f"key {key!r}: the shape {shape} has a negative number")
     entries = _per_axis(shape, selection, key)
     offsets: list[int] = []
     sizes: list[int] = []

@@ -28,14 +28,17 @@ class NewArraySink:
         Raises
         ------
         LimitExceededError
-            If there is no memory for an array of that size.
+            If there is no memory for an array of that size, or numpy has no such arrays: the
+            axes that are not 0 must have less than 2**63 bytes, also of an empty array. torch
+            has empty tensors of such shapes, so the checkpoint is not wrong.
         """
         if self._raw is None:
             try:
                 self._raw = np.empty(self._sizes, self._dtype.raw)
             except (MemoryError, ValueError) as error:
+                reason = "numpy has no" if 0 in self._sizes else "no memory for an"
                 raise LimitExceededError(
-                    f"key {self._key!r}: no memory for an array of {self._dtype.name} with sizes "
+                    f"key {self._key!r}: {reason} array of {self._dtype.name} with sizes "
                     f"{self._sizes}"
                 ) from error
         return self._raw

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import operator
 import os
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,8 +18,9 @@ from shardpoint import _selection
 from shardpoint._info import ChunkInfo, ObjectInfo, Path, TensorInfo, object_info, tensor_info
 from shardpoint._selection import AxisSelection, Selection
 from shardpoint._sinks import NewArraySink
+from shardpoint.engine.objects import read_objects
 from shardpoint.engine.opening import open_index
-from shardpoint.engine.reading import ReadRequest, read_object, read_tensors
+from shardpoint.engine.reading import ReadRequest, read_tensors
 from shardpoint.errors import CheckpointKeyError, FormatError, PlanError, StorageError
 from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import CheckpointIndex
@@ -35,6 +38,8 @@ __all__ = [
     "open",
 ]
 
+_MOST_COMPARED = 5_000  # keys that a wrong one is compared with: each takes microseconds
+_MOST_LETTERS = 200
 _MOST_THREADS = 16  # more readers than this do not make one file system faster
 
 
@@ -67,10 +72,15 @@ def open(  # the module that needs the builtin is storage, not this one
         If there is nothing to open at that place.
     FormatError
         If the index is not what its format says, or holds what could run code.
+    PlanError
+        If `threads` is below 1.
+    TypeError
+        If an argument is of another kind.
     CorruptionError, StorageError, UnsafePathError, NotSupportedError
     """
-    if threads is not None and threads < 1:
-        raise PlanError(f"threads must be 1 or more, not {threads}")
+    if threads is not None:
+        threads = _checked_threads(threads)
+    _check_allowed(allowed)
     index, storage = open_index(path, allowed=allowed)
     return Checkpoint(
         index,
@@ -78,7 +88,43 @@ def open(  # the module that needs the builtin is storage, not this one
         allowed={} if allowed is None else allowed,
         verify=verify,
         threads=_default_threads() if threads is None else threads,
+        place=_from_anywhere(os.fspath(path)),
     )
+
+
+def _reopen(
+    place: str, allowed: Mapping[str, Callable[..., Any]], verify: bool, threads: int
+) -> Checkpoint:
+    return open(place, allowed=allowed, verify=verify, threads=threads)
+
+
+def _from_anywhere(path: str) -> str:
+    """Return a path that leads to the same place from another working directory."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _checked_threads(threads: int) -> int:
+    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
+        raise TypeError(f"threads must be an int or None, not {type(threads).__name__}")
+    if threads < 1:
+        raise PlanError(f"threads must be 1 or more, not {threads}")
+    return operator.index(threads)
+
+
+def _check_allowed(allowed: object) -> None:
+    if allowed is None:
+        return
+    if not isinstance(allowed, Mapping):
+        raise TypeError(
+            "allowed must map qualified names to classes or functions, it is "
+            f"{type(allowed).__name__}"
+        )
+    for name, what in allowed.items():
+        if not isinstance(name, str) or not callable(what):
+            raise TypeError(
+                f"allowed must map qualified names to classes or functions, not {name!r} to "
+                f"{type(what).__name__}"
+            )
 
 
 def _default_threads() -> int:
@@ -93,7 +139,8 @@ class Checkpoint:
     Tensors come as numpy arrays of their own (``ml_dtypes`` for bfloat16 and 8-bit floats;
     a structured ``(real, imag)`` dtype for complex32). Objects come as plain Python values,
     with arrays for the tensors inside them. Nothing is kept: reading twice reads twice.
-    May be used by several threads at once.
+    May be used by several threads at once. Pickling one takes along where it lies, not what
+    it holds: it is opened again where it is unpickled.
     """
 
     def __init__(
@@ -104,7 +151,9 @@ class Checkpoint:
         allowed: Mapping[str, Callable[..., Any]],
         verify: bool,
         threads: int,
+        place: str | None = None,
     ) -> None:
+        self._place = place
         self._index = index
         self._storage = storage
         self._allowed = dict(allowed)
@@ -182,8 +231,8 @@ class Checkpoint:
         Returns
         -------
         numpy.ndarray or object
-            An array that owns its memory and may be changed. An integer takes its axis away;
-            where no axis is left the array is 0-d.
+            An array that shares memory with no other and may be changed. An integer takes its
+            axis away; where no axis is left the array is 0-d.
 
         Raises
         ------
@@ -202,7 +251,8 @@ class Checkpoint:
         if not is_tensor:
             if slices is not Ellipsis:
                 raise PlanError(f"key {key!r} is an object, of which no slices can be read")
-            return self._read_object(row)
+            ((_, value),) = self._read_objects([row])
+            return value
         shape = self._index.tensors.shape_of(row)
         selected = _selection.select(shape, slices, key=key)
         array = self._read_boxes([(row, selected.offsets, selected.sizes)])[0]
@@ -230,9 +280,13 @@ class Checkpoint:
         ------
         CheckpointKeyError
             If no key has the prefix.
+        TypeError
+            If the prefix is no str.
         FormatError
             If the paths in the checkpoint do not form a tree; and all errors of `read`.
         """
+        if not isinstance(prefix, str):
+            raise TypeError(f"a prefix must be a str, not {type(prefix).__name__}")
         paths = self._paths_under(prefix)
         tensors = [(key, self._rows[key][1]) for key in paths if self._rows[key][0]]
         # Before any byte is read: a tree that cannot be built is found at once.
@@ -246,10 +300,9 @@ class Checkpoint:
         )
         values: dict[str, Any] = dict.fromkeys(paths)
         values.update(zip((key for key, _ in tensors), arrays, strict=True))
-        for key in paths:
-            is_tensor, row = self._rows[key]
-            if not is_tensor:
-                values[key] = self._read_object(row)
+        objects = [row for is_tensor, row in map(self._rows.__getitem__, paths) if not is_tensor]
+        for row, value in self._read_objects(objects):
+            values[self._index.objects.keys[row]] = value
         return unflatten(values, paths)
 
     def verify(self, *, quick: bool = False, progress: Progress | None = None) -> VerifyReport:
@@ -271,7 +324,7 @@ class Checkpoint:
         Returns
         -------
         VerifyReport
-            All problems; an error is raised only where the store itself fails.
+            All problems, those of the store (a file that cannot be read) among them.
         """
         self._check_open()
         return verify_index(
@@ -296,6 +349,12 @@ class Checkpoint:
         """Refuse further reading. Files are open only during a read: nothing else to release."""
         self._closed = True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_open()
+        if self._place is None:
+            raise TypeError(f"{self!r} cannot be pickled: it was not opened by a path")
+        return _reopen, (self._place, self._allowed, self._verify, self._threads)
+
     def __enter__(self) -> Self:
         return self
 
@@ -318,7 +377,8 @@ class Checkpoint:
             raise CheckpointKeyError(self._no_such("key", key)) from None
 
     def _no_such(self, what: str, name: object) -> str:
-        similar = difflib.get_close_matches(str(name), self._rows, n=3, cutoff=0.6)
+        some = islice(self._rows, _MOST_COMPARED)
+        similar = difflib.get_close_matches(str(name)[:_MOST_LETTERS], some, n=3, cutoff=0.6)
         hint = f"; similar: {', '.join(map(repr, similar))}" if similar else ""
         return f"the checkpoint at {self._storage.location!r} has no {what} {name!r}{hint}"
 
@@ -344,19 +404,21 @@ class Checkpoint:
         )
         return [sink.array() for sink in sinks]
 
-    def _read_object(self, row: int) -> Any:
+    def _read_objects(self, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Yield rows of objects with their values, neighbours read together."""
         self._check_open()
-        value = read_object(
+        objects = self._index.objects
+        values = read_objects(
             self._index,
             self._storage,
-            row,
+            rows,
             factory=NumpyFactory(),
             allowed=self._allowed,
             verify=self._verify,
         )
-        # What came with the index is the index's own: nobody may change it there.
-        held = self._index.objects.keys[row] in self._index.objects.values
-        return copy.deepcopy(value) if held else value
+        for row, value in values:
+            # What came with the index is the index's own: nobody may change it there.
+            yield row, copy.deepcopy(value) if objects.keys[row] in objects.values else value
 
     def _paths_under(self, prefix: str) -> dict[str, Path]:
         """Return keys with that prefix and their paths below it."""

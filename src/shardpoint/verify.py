@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shardpoint._sinks import NewArraySink
-from shardpoint.engine.reading import ReadRequest, read_object, read_tensors
+from shardpoint.engine.alone import chunks_alone
+from shardpoint.engine.objects import read_objects
+from shardpoint.engine.reading import ReadRequest, read_tensors
 from shardpoint.errors import PlanError, Problem, ShardpointError
 from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import NO_FILE, CheckpointIndex
@@ -78,8 +81,8 @@ def verify_index(
 ) -> VerifyReport:
     """Check the index against itself and the files; unless `quick`, read all chunks and objects.
 
-    Holds one batch of chunks (64 MiB, or one chunk where that is larger) at a time. Errors
-    that are about the checkpoint become problems; nothing of shardpoint's is raised.
+    Holds one batch of chunks (64 MiB, or one chunk where that is larger) at a time. Every
+    error of shardpoint's becomes a problem, those of the store as well.
     """
     started = time.perf_counter()
     sizes, problems = file_sizes(storage, index.files)
@@ -181,58 +184,82 @@ def _read_chunks(
 ) -> tuple[int, int, list[Problem]]:
     """Read whole chunks; return how many, their bytes, and what was wrong.
 
-    The first failure ends a read, so a batch that fails is read again in halves.
+    The first failure ends a read, so a batch that fails is read again, chunk by chunk.
     """
-    requests = []
-    for chunk in batch:
-        row = int(index.chunks.tensor[chunk])
-        axes = int(index.tensors.ndim[row])
-        offsets = tuple(index.chunks.offsets[chunk, :axes].tolist())
-        sizes = tuple(index.chunks.sizes[chunk, :axes].tolist())
-        sink = NewArraySink(index.tensors.dtype_of(row), sizes, key=index.tensors.keys[row])
-        requests.append(ReadRequest(tensor=row, offsets=offsets, sizes=sizes, sink=sink))
     try:
-        statistics = read_tensors(index, storage, requests, threads=threads, verify=True)
+        return len(batch), _read_whole(index, storage, batch, threads), []
     except ShardpointError as error:
         if len(batch) == 1:
             return 1, 0, _chunk_problems(index, batch[0], error)
-    else:
-        return len(batch), statistics.bytes_read, []
-    del requests
-    middle = len(batch) // 2
-    first = _read_chunks(index, storage, batch[:middle], threads)
-    second = _read_chunks(index, storage, batch[middle:], threads)
-    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
+    nbytes = 0
+    problems = []
+    for chunk in batch:
+        _, read, found = _read_chunks(index, storage, [chunk], threads)
+        nbytes += read
+        problems += found
+    return len(batch), nbytes, problems
+
+
+def _read_whole(
+    index: CheckpointIndex, storage: Storage, batch: Sequence[int], threads: int
+) -> int:
+    """Read whole chunks and return how many bytes that took."""
+    alone = chunks_alone(index, batch)
+    requests = []
+    for row, key in enumerate(alone.tensors.keys):
+        sizes = alone.tensors.shape_of(row)
+        sink = NewArraySink(alone.tensors.dtype_of(row), sizes, key=key)
+        requests.append(ReadRequest(tensor=row, offsets=(0,) * len(sizes), sizes=sizes, sink=sink))
+    return read_tensors(alone, storage, requests, threads=threads, verify=True).bytes_read
 
 
 def _chunk_problems(index: CheckpointIndex, chunk: int, error: ShardpointError) -> list[Problem]:
     if isinstance(error, PlanError) and error.problems:
         return list(error.problems)
     return [
-        Problem(
-            str(error),
-            key=index.tensors.keys[int(index.chunks.tensor[chunk])],
-            file=index.files[int(index.chunks.file[chunk])],
-            offset=int(index.chunks.record_offset[chunk]),
+        _problem(
+            error,
+            index.tensors.keys[int(index.chunks.tensor[chunk])],
+            index.files[int(index.chunks.file[chunk])],
+            int(index.chunks.record_offset[chunk]),
         )
     ]
+
+
+def _problem(error: ShardpointError, key: str, file: str | None, offset: int | None) -> Problem:
+    """Return an error as a problem; a place that its message begins with is not said twice."""
+    message = str(error)
+    place = re.compile(
+        rf"key {re.escape(repr(key))}(?:, file {re.escape(repr(file))})?(?:, byte (\d+))?: ",
+    )
+    while found := place.match(message):
+        message = message[found.end() :]
+        if found[1] is not None and file is not None:
+            offset = int(found[1])
+    return Problem(message, key=key, file=file, offset=offset)
 
 
 def _object_problems(
     index: CheckpointIndex, storage: Storage, allowed: Mapping[str, Callable[..., Any]]
 ) -> list[Problem]:
+    objects = index.objects
+    failures: dict[int, ShardpointError] = {}
+    values = read_objects(
+        index,
+        storage,
+        range(len(objects)),
+        factory=NumpyFactory(),
+        allowed=allowed,
+        verify=True,
+        failures=failures,
+    )
+    for _ in values:
+        pass  # decoding them is the check
     problems = []
-    for row, key in enumerate(index.objects.keys):
-        try:
-            read_object(index, storage, row, factory=NumpyFactory(), allowed=allowed, verify=True)
-        except ShardpointError as error:
-            file = int(index.objects.file[row])
-            problems.append(
-                Problem(
-                    str(error),
-                    key=key,
-                    file=None if file == NO_FILE else index.files[file],
-                    offset=None if file == NO_FILE else int(index.objects.record_offset[row]),
-                )
-            )
+    for row, error in sorted(failures.items()):
+        file = int(objects.file[row])
+        is_placed = file != NO_FILE
+        name = index.files[file] if is_placed else None
+        offset = int(objects.record_offset[row]) if is_placed else None
+        problems.append(_problem(error, objects.keys[row], name, offset))
     return problems

@@ -90,6 +90,10 @@ def _check_requests(index: CheckpointIndex, requests: Sequence[ReadRequest]) -> 
             problems.append(Problem(f"there is no tensor of row {request.tensor}"))
             continue
         shape = index.tensors.shape_of(request.tensor)
+        if any(size < 0 for size in shape):
+            message = f"the shape {shape} has a negative number"
+            problems.append(Problem(message, index.tensors.keys[request.tensor]))
+            continue
         fits = len(request.offsets) == len(request.sizes) == len(shape) and all(
             offset >= 0 and size >= 0 and offset + size <= length
             for offset, size, length in zip(request.offsets, request.sizes, shape, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
@@ -13,8 +14,9 @@ __all__ = ["run_tasks"]
 def run_tasks(tasks: Iterable[Callable[[], None]], *, threads: int, name: str) -> None:
     """Run all tasks, at most `threads` side by side, and return when all are done.
 
-    Tasks are taken from the iterable one at a time, when a thread is free for the next, so
-    a generator may make them as late as it likes; it is never entered by two threads at once.
+    Tasks are taken from the iterable one for each thread, then one at a time, when a thread is
+    free for the next, so a generator may make them as late as it likes; it is never entered by
+    two threads at once.
 
     The first exception (of a task or of the iterable) keeps the tasks that have not begun
     from beginning. It is raised here, with the traceback it came with, once those that had
@@ -25,8 +27,8 @@ def run_tasks(tasks: Iterable[Callable[[], None]], *, threads: int, name: str) -
     tasks
         What to run; each is called once, in some thread.
     threads
-        How many may run at once, at least one. With one thread, or one task, all runs in
-        the calling thread.
+        How many may run at once, at least one; there are never more than tasks. With one
+        thread, or one task, all runs in the calling thread.
     name
         Prefix of the threads' names.
     """
@@ -35,19 +37,19 @@ def run_tasks(tasks: Iterable[Callable[[], None]], *, threads: int, name: str) -
         for task in iterator:
             task()
         return
-    first_two = list(islice(iterator, 2))
-    if len(first_two) < 2:
-        for task in first_two:
+    first = list(islice(iterator, threads))
+    if len(first) < 2:
+        for task in first:
             task()
         return
-    _Run(first_two, iterator).run(threads, name)
+    _Run(first, iterator).run(len(first), name)
 
 
 class _Run:
     """The state that the threads of one operation share."""
 
     def __init__(self, first: list[Callable[[], None]], rest: Iterator[Callable[[], None]]) -> None:
-        self._first = first
+        self._first = deque(first)
         self._rest = rest
         self._lock = threading.Lock()
         self._stopped = False
@@ -84,7 +86,7 @@ class _Run:
             if self._stopped:
                 return None
             if self._first:
-                return self._first.pop(0)
+                return self._first.popleft()
             try:
                 return next(self._rest)
             except StopIteration:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from shardpoint.engine._files import OpenFiles
-from shardpoint.errors import CorruptionError, FormatError, PlanError, Problem
+from shardpoint.errors import CorruptionError, FormatError, PlanError, Problem, ShardpointError
 from shardpoint.formats.object_decoder import ObjectFactory, decode_object
 from shardpoint.formats.torch_record import read_object_pickle
 from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.storage import Storage
 from shardpoint.transforms import decode
 
-__all__ = ["read_object", "read_object_records"]
+__all__ = ["read_object", "read_object_records", "read_objects"]
+
+Failures: TypeAlias = MutableMapping[int, ShardpointError]
 
 _DECODED = 64 << 20
 _DECODED_RATIO = 100
@@ -21,9 +24,21 @@ _GROUP = 1 << 20
 
 
 def read_object_records(
-    index: CheckpointIndex, storage: Storage, rows: Sequence[int]
+    index: CheckpointIndex,
+    storage: Storage,
+    rows: Sequence[int],
+    *,
+    failures: Failures | None = None,
 ) -> Iterator[tuple[int, bytes]]:
     """Read the torch.save records of objects, transforms undone; neighbours in one read.
+
+    Parameters
+    ----------
+    rows
+        In `Objects`.
+    failures
+        Gets the error of each object that cannot be read, and the others are read. Without
+        it the first such error is raised.
 
     Yields
     ------
@@ -39,12 +54,31 @@ def read_object_records(
     FormatError, UnsafePathError, LimitExceededError, NotSupportedError, StorageError
     """
     objects = index.objects
+    placed = []
     for row in rows:
-        _check_place(index, row)
-    ordered = sorted(rows, key=lambda row: (objects.file[row], objects.record_offset[row]))
+        try:
+            _check_place(index, row)
+        except ShardpointError as error:
+            _keep(failures, row, error)
+            continue
+        placed.append(row)
+    placed.sort(key=lambda row: (objects.file[row], objects.record_offset[row]))
     with OpenFiles(storage) as files:
-        for group in _groups(index, ordered):
-            yield from _read_group(index, files, group)
+        for group in _groups(index, placed):
+            for row, record in _stored_records(index, files, group, failures):
+                try:
+                    decoded = _decoded(index, row, record)
+                except ShardpointError as error:
+                    _keep(failures, row, error)
+                    continue
+                yield row, decoded
+
+
+def _keep(failures: Failures | None, row: int, error: ShardpointError) -> None:
+    """Put an error where it is wanted, or raise it."""
+    if failures is None:
+        raise error
+    failures[row] = error
 
 
 def _check_place(index: CheckpointIndex, row: int) -> None:
@@ -86,40 +120,107 @@ def _groups(index: CheckpointIndex, rows: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _read_group(
-    index: CheckpointIndex, files: OpenFiles, group: Sequence[int]
+def _stored_records(
+    index: CheckpointIndex, files: OpenFiles, group: Sequence[int], failures: Failures | None
 ) -> Iterator[tuple[int, bytes]]:
+    """Read neighbours in one go; one by one where that fails, so that each has its own error."""
     objects = index.objects
-    key, name = objects.keys[group[0]], index.files[int(objects.file[group[0]])]
     start = int(objects.record_offset[group[0]])
-    length = int(objects.record_offset[group[-1]] + objects.record_length[group[-1]]) - start
+    end = int(objects.record_offset[group[-1]] + objects.record_length[group[-1]])
     try:
-        with files.use(name) as file:
-            for row in group:
-                _check_span(index, row, file.size)
-            data = bytearray(length)
-            file.read_into(start, [memoryview(data)])
-    except (CorruptionError, FormatError) as error:
-        if f"key {key!r}" in str(error):
-            raise
-        raise type(error)(f"key {key!r}: {error}") from error
+        data = _read_span(index, files, group[-1], start, end)
+    except ShardpointError as error:
+        if len(group) == 1:
+            _keep(failures, group[0], error)
+            return
+        for row in group:
+            yield from _stored_records(index, files, [row], failures)
+        return
     for row in group:
         begin = int(objects.record_offset[row]) - start
-        record = bytes(memoryview(data)[begin : begin + int(objects.record_length[row])])
-        transforms = index.transforms[int(objects.transform[row])]
-        most = max(_DECODED, _DECODED_RATIO * len(record))
-        if transforms:
-            record = decode(transforms, record, max_size=most, key=objects.keys[row], file=name)
-        yield row, record
+        yield row, bytes(data[begin : begin + int(objects.record_length[row])])
 
 
-def _check_span(index: CheckpointIndex, row: int, size: int) -> None:
+def _read_span(
+    index: CheckpointIndex, files: OpenFiles, row: int, start: int, end: int
+) -> memoryview:
+    """Read a part of an object's file, up to the end of its record; errors name the object."""
     objects = index.objects
-    offset, length = int(objects.record_offset[row]), int(objects.record_length[row])
-    if offset + length > size:
-        message = f"a record of {length} bytes does not fit into a file of {size}"
-        name = index.files[int(objects.file[row])]
-        raise CorruptionError(str(Problem(message, objects.keys[row], name, offset)))
+    key, name = objects.keys[row], index.files[int(objects.file[row])]
+    try:
+        with files.use(name) as file:
+            if end <= file.size:
+                data = memoryview(bytearray(end - start))
+                file.read_into(start, [data])
+                return data
+            size = file.size
+    except (CorruptionError, FormatError) as error:
+        raise _with_key(error, key) from error
+    message = f"a record of {end - start} bytes does not fit into a file of {size}"
+    raise CorruptionError(str(Problem(message, key, name, start)))
+
+
+_Named = TypeVar("_Named", bound=ShardpointError)
+
+
+def _with_key(error: _Named, key: str) -> _Named:
+    """Return the same error, attributes and all, with the key before its message."""
+    named = copy.copy(error)
+    named.args = (f"key {key!r}: {error}",)
+    return named
+
+
+def _decoded(index: CheckpointIndex, row: int, record: bytes) -> bytes:
+    objects = index.objects
+    transforms = index.transforms[int(objects.transform[row])]
+    if not transforms:
+        return record
+    return decode(
+        transforms,
+        record,
+        max_size=max(_DECODED, _DECODED_RATIO * len(record)),
+        key=objects.keys[row],
+        file=index.files[int(objects.file[row])],
+    )
+
+
+def read_objects(
+    index: CheckpointIndex,
+    storage: Storage,
+    rows: Sequence[int],
+    *,
+    factory: ObjectFactory,
+    allowed: Mapping[str, Callable[..., Any]],
+    verify: bool,
+    failures: Failures | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Read several objects, neighbours in one read; parameters and errors as `read_object`.
+
+    Parameters
+    ----------
+    failures
+        Gets the error of each object that cannot be read, and the others are read. Without
+        it the first such error is raised.
+
+    Yields
+    ------
+    (row, value)
+        Those that the index holds, then the others in the order of the files.
+    """
+    objects = index.objects
+    stored = []
+    for row in rows:
+        if 0 <= row < len(objects) and objects.keys[row] in objects.values:
+            yield row, objects.values[objects.keys[row]]
+        else:
+            stored.append(row)
+    for row, record in read_object_records(index, storage, stored, failures=failures):
+        try:
+            value = _value(index, row, record, factory=factory, allowed=allowed, verify=verify)
+        except ShardpointError as error:
+            _keep(failures, row, error)
+            continue
+        yield row, value
 
 
 def read_object(
@@ -151,17 +252,28 @@ def read_object(
     CorruptionError, FormatError, UnsafePathError, LimitExceededError, NotSupportedError,
     StorageError
     """
-    objects = index.objects
-    if 0 <= row < len(objects) and objects.keys[row] in objects.values:
-        return objects.values[objects.keys[row]]
-    ((_, record),) = read_object_records(index, storage, [row])
-    key = objects.keys[row]
-    name = index.files[int(objects.file[row])]
+    ((_, value),) = read_objects(
+        index, storage, [row], factory=factory, allowed=allowed, verify=verify
+    )
+    return value
+
+
+def _value(
+    index: CheckpointIndex,
+    row: int,
+    record: bytes,
+    *,
+    factory: ObjectFactory,
+    allowed: Mapping[str, Callable[..., Any]],
+    verify: bool,
+) -> Any:
+    key = index.objects.keys[row]
+    name = index.files[int(index.objects.file[row])]
     data, load_storage = read_object_pickle(record, file=name, key=key, verify=verify)
     return decode_object(
         data,
         load_storage=load_storage,
-        source=str(Problem("object", key, name, int(objects.record_offset[row]))),
+        source=str(Problem("object", key, name, int(index.objects.record_offset[row]))),
         factory=factory,
         allowed=allowed,
     )

@@ -69,6 +69,8 @@ def open_index(
         If there is none of these; names what was looked for, and subfolders that look like
         checkpoints.
     FormatError, CorruptionError, UnsafePathError, NotSupportedError, StorageError
+    TypeError
+        If the place is no path.
     """
     storage, name = (place, None) if isinstance(place, Storage) else _locate(place)
     if name is not None and not _is_metadata(name):
@@ -94,6 +96,8 @@ def open_index(
 def _locate(path: PathLike) -> tuple[Storage, str | None]:
     """Return the storage of a folder, or of a file's folder with the file's name."""
     text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"a path must be a str or os.PathLike of str, not {type(text).__name__}")
     if text.startswith(_FILE_URL):
         text = text[len(_FILE_URL) :]
     if "://" in text:

@@ -85,7 +85,6 @@ class Members:
         folder, slash, _ = entries[0].name.partition("/")
         prefix = folder + slash
         self._window = window
-        self._prefix = prefix
         self._entries: dict[str, DirectoryEntry] = {}
         for entry in entries:
             if not slash or not entry.name.startswith(prefix):

@@ -43,6 +43,7 @@ __all__ = [
     "ObjectFactory",
     "StorageReference",
     "TensorDescription",
+    "TensorLoader",
     "TensorMaker",
     "TensorSize",
     "decode_object",
@@ -97,9 +98,10 @@ def decode_object(
         If it holds a known thing that shardpoint does not decode (sparse tensors, ...).
     """
     budget = WorkBudget(len(data), source=source, limits=DEFAULT_LIMITS)
-    tensors = _Loader(load_storage, factory, source).tensor if make_tensor is None else make_tensor
+    if make_tensor is None:
+        make_tensor = TensorLoader(load_storage, factory, source).tensor
     resolver = ObjectResolver(
-        source=source, factory=factory, allowed=allowed, make_tensor=tensors, budget=budget
+        source=source, factory=factory, allowed=allowed, make_tensor=make_tensor, budget=budget
     )
     value, _ = run_pickle(data, resolver, source=source, limits=_UNMEASURED)
     measure([value], source=source, limits=DEFAULT_LIMITS, on_leaf=resolver.check_leaf)
@@ -137,8 +139,18 @@ def _as_described(description: TensorDescription, storage: StorageReference) -> 
     return description
 
 
-class _Loader:
-    """Makes tensors as views of storages, each of which is loaded once."""
+class TensorLoader:
+    """Makes tensors as views of storages, each of which is loaded once.
+
+    Parameters
+    ----------
+    load_storage
+        Gives the bytes of a storage; called once a storage.
+    factory
+        Makes tensors of arrays.
+    source
+        Where the pickle comes from; errors begin with it.
+    """
 
     def __init__(self, load_storage: LoadStorage, factory: ObjectFactory, source: str) -> None:
         self._load_storage = load_storage
@@ -149,6 +161,13 @@ class _Loader:
         self._resolved: dict[tuple[str, str, bool, bool], npt.NDArray[Any]] = {}
 
     def tensor(self, description: TensorDescription, storage: StorageReference) -> Any:
+        """Return the tensor that lies in a storage as described.
+
+        Raises
+        ------
+        FormatError
+            If the storage has another size than the pickle says, or no array is such a view.
+        """
         elements = self._elements(description, storage)
         itemsize = description.dtype.itemsize
         # Bounds are checked in the description; a view costs nothing, whatever its shape.

@@ -217,6 +217,8 @@ def _arguments(value: Any) -> tuple[Any, ...]:
 def _damaged(machine: Machine, error: Exception, position: int) -> FormatError:
     if position >= len(machine.data):
         reason = "it is cut off"
+    elif isinstance(error, KeyError) and type(error.args[0]) is int:
+        reason = f"it uses memo entry {error}, which nothing has set"
     else:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return FormatError(f"{machine.source}, byte {position}: is no valid pickle ({reason})")

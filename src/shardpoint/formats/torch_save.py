@@ -32,8 +32,12 @@ from shardpoint.formats._record_members import (
 from shardpoint.formats._store import Store, reader_of
 from shardpoint.formats._tensor_pickles import StorageReference
 from shardpoint.formats._zip_reading import Window
-from shardpoint.formats.object_decoder import NumpyFactory, TensorDescription, decode_object
-from shardpoint.formats.object_decoder import _Loader as TensorLoader
+from shardpoint.formats.object_decoder import (
+    NumpyFactory,
+    TensorDescription,
+    TensorLoader,
+    decode_object,
+)
 from shardpoint.formats.torch_record import TAIL_BYTES
 from shardpoint.index import (
     UNKNOWN,
