@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import operator
 import os
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from itertools import islice
@@ -15,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shardpoint import _selection
+from shardpoint._arguments import check_allowed, checked_threads, default_threads
 from shardpoint._info import ChunkInfo, ObjectInfo, Path, TensorInfo, object_info, tensor_info
+from shardpoint._prefixes import path_below
 from shardpoint._selection import AxisSelection, Selection
 from shardpoint._sinks import NewArraySink
 from shardpoint.engine.objects import read_objects
@@ -40,7 +41,6 @@ __all__ = [
 
 _MOST_COMPARED = 5_000  # keys that a wrong one is compared with: each takes microseconds
 _MOST_LETTERS = 200
-_MOST_THREADS = 16  # more readers than this do not make one file system faster
 
 
 def open(  # the module that needs the builtin is storage, not this one
@@ -79,15 +79,15 @@ def open(  # the module that needs the builtin is storage, not this one
     CorruptionError, StorageError, UnsafePathError, NotSupportedError
     """
     if threads is not None:
-        threads = _checked_threads(threads)
-    _check_allowed(allowed)
+        threads = checked_threads(threads)
+    check_allowed(allowed)
     index, storage = open_index(path, allowed=allowed)
     return Checkpoint(
         index,
         storage,
         allowed={} if allowed is None else allowed,
         verify=verify,
-        threads=_default_threads() if threads is None else threads,
+        threads=default_threads() if threads is None else threads,
         place=_from_anywhere(os.fspath(path)),
     )
 
@@ -101,36 +101,6 @@ def _reopen(
 def _from_anywhere(path: str) -> str:
     """Return a path that leads to the same place from another working directory."""
     return path if "://" in path else os.path.abspath(path)
-
-
-def _checked_threads(threads: int) -> int:
-    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
-        raise TypeError(f"threads must be an int or None, not {type(threads).__name__}")
-    if threads < 1:
-        raise PlanError(f"threads must be 1 or more, not {threads}")
-    return operator.index(threads)
-
-
-def _check_allowed(allowed: object) -> None:
-    if allowed is None:
-        return
-    if not isinstance(allowed, Mapping):
-        raise TypeError(
-            "allowed must map qualified names to classes or functions, it is "
-            f"{type(allowed).__name__}"
-        )
-    for name, what in allowed.items():
-        if not isinstance(name, str) or not callable(what):
-            raise TypeError(
-                f"allowed must map qualified names to classes or functions, not {name!r} to "
-                f"{type(what).__name__}"
-            )
-
-
-def _default_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    return min(os.cpu_count() or 1, _MOST_THREADS)
 
 
 class Checkpoint:
@@ -424,7 +394,7 @@ class Checkpoint:
         """Return keys with that prefix and their paths below it."""
         paths: dict[str, Path] = {}
         for key in self._rows:
-            below = _below(key, self._path(key), prefix)
+            below = path_below(key, self._path(key), prefix)
             if below is not None:
                 paths[key] = below
         if prefix and not paths:
@@ -438,34 +408,3 @@ class Checkpoint:
         if path is None:
             raise FormatError(f"key {key!r}: the metadata gives no path for it")
         return path
-
-
-def _below(key: str, path: Path, prefix: str) -> Path | None:
-    """Return the path of a key below a prefix, None if the key is not under it.
-
-    A path part may hold dots itself (``("model", "fc1.weight")``), so a prefix can end inside
-    a part; then the rest of the part is the first name below.
-    """
-    if not prefix:
-        return path
-    if key != prefix and not key.startswith(prefix + "."):
-        return None
-    if not _joins_to(path, key):
-        return (key[len(prefix) + 1 :],) if key != prefix else ()
-    covered = 0
-    for depth, part in enumerate(path):
-        end = covered + len(str(part))
-        if end == len(prefix):
-            return path[depth + 1 :]
-        if end > len(prefix):
-            return (str(part)[len(prefix) + 1 - covered :], *path[depth + 1 :])
-        covered = end + 1
-    return ()
-
-
-def _joins_to(path: Path, key: str) -> bool:
-    """Whether the key is its path joined with dots; a damaged one may have any path."""
-    try:
-        return ".".join(map(str, path)) == key
-    except ValueError:  # an integer of thousands of digits
-        return False

@@ -1,0 +1,46 @@
+"""What `shardpoint.open` is given, checked before anything is opened."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping
+
+from shardpoint.errors import PlanError
+
+__all__ = ["check_allowed", "checked_threads", "default_threads"]
+
+_MOST_THREADS = 16  # more readers than this do not make one file system faster
+
+
+def checked_threads(threads: int) -> int:
+    """Return the number of threads; TypeError or PlanError where it is none."""
+    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
+        raise TypeError(f"threads must be an int or None, not {type(threads).__name__}")
+    if threads < 1:
+        raise PlanError(f"threads must be 1 or more, not {threads}")
+    return operator.index(threads)
+
+
+def check_allowed(allowed: object) -> None:
+    """Raise TypeError unless this maps names to classes or functions."""
+    if allowed is None:
+        return
+    if not isinstance(allowed, Mapping):
+        raise TypeError(
+            "allowed must map qualified names to classes or functions, it is "
+            f"{type(allowed).__name__}"
+        )
+    for name, what in allowed.items():
+        if not isinstance(name, str) or not callable(what):
+            raise TypeError(
+                f"allowed must map qualified names to classes or functions, not {name!r} to "
+                f"{type(what).__name__}"
+            )
+
+
+def default_threads() -> int:
+    """Return as many threads as this process may use processors, up to a limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return min(os.cpu_count() or 1, _MOST_THREADS)
