@@ -245,7 +245,7 @@ def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
     except Exception:
         if not takes_rank:
             raise
-        logger.info("no metadata for all ranks, looking for that of rank %d", rank)
+        logger.info("no metadata for all ranks, looking for rank %d's", rank, exc_info=True)
         return reader.read_metadata(rank=rank), False
 
 

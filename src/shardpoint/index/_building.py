@@ -23,6 +23,8 @@ from shardpoint.index._columns import (
 
 __all__ = ["ChunkEntry", "ObjectEntry", "TensorEntry", "build_index", "row_major_strides"]
 
+_MOST_TRANSFORMS = 1 << 15  # their numbers are 16 bits wide
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkEntry:
@@ -106,99 +108,20 @@ def build_index(
         If a chunk has another number of axes than its tensor, or a number does not fit
         into 64 bits.
     """
-    axes = max((len(t.shape) for t in tensors), default=0)
-    count = len(tensors)
-    chunk_count = sum(len(t.chunks) for t in tensors)
-    shape = np.ones((count, axes), np.int64)
-    first_chunk = np.zeros(count + 1, np.int64)
-    offsets = np.zeros((chunk_count, axes), np.int64)
-    sizes = np.ones((chunk_count, axes), np.int64)
-    strides = np.zeros((chunk_count, axes), np.int64)
-    numbers = np.zeros((chunk_count, 10), np.int64)
     files, transforms = _Numbering(), _Numbering([()])
-    row = 0
+    axes = max((len(tensor.shape) for tensor in tensors), default=0)
     try:
-        for i, tensor in enumerate(tensors):
-            rank = len(tensor.shape)
-            shape[i, :rank] = tensor.shape
-            for chunk in tensor.chunks:
-                if len(chunk.offsets) != rank or len(chunk.sizes) != rank:
-                    raise FormatError(
-                        f"key {tensor.key!r}: a chunk has offsets {chunk.offsets} and sizes "
-                        f"{chunk.sizes}, but the tensor has shape {tensor.shape}"
-                    )
-                offsets[row, :rank] = chunk.offsets
-                sizes[row, :rank] = chunk.sizes
-                strides[row, :rank] = (
-                    row_major_strides(chunk.sizes) if chunk.strides is None else chunk.strides
-                )
-                numbers[row] = (
-                    i,
-                    NO_FILE if chunk.file is None else files[chunk.file],
-                    chunk.record_offset,
-                    chunk.record_length,
-                    chunk.container,
-                    transforms[chunk.transforms],
-                    chunk.payload_offset,
-                    chunk.payload_length,
-                    chunk.checksum,
-                    chunk.flags,
-                )
-                row += 1
-            first_chunk[i + 1] = row
-        object_numbers = np.array(
-            [
-                (
-                    NO_FILE if o.file is None else files[o.file],
-                    o.record_offset,
-                    o.record_length,
-                    transforms[o.transforms],
-                )
-                for o in objects
-            ],
-            np.int64,
-        ).reshape(-1, 4)
+        chunks = _chunk_columns(tensors, axes, files, transforms)
+        object_columns = _object_columns(objects, files, transforms)
+        tensor_columns = _tensor_columns(tensors, axes)
     except OverflowError as error:
         raise FormatError("a number in the metadata does not fit into 64 bits") from error
-    known = bool((numbers[:, 6] != UNKNOWN).any())
+    if len(transforms.numbers) > _MOST_TRANSFORMS:
+        raise FormatError(f"more than {_MOST_TRANSFORMS} different lists of transforms")
     return CheckpointIndex(
-        tensors=Tensors(
-            keys=[t.key for t in tensors],
-            dtype=np.array([t.dtype.code for t in tensors], np.uint8),
-            ndim=np.array([len(t.shape) for t in tensors], np.int16),
-            shape=shape,
-            first_chunk=first_chunk,
-            requires_grad=np.array([t.requires_grad for t in tensors], np.bool_),
-            pin_memory=np.array([t.pin_memory for t in tensors], np.bool_),
-            memory_format=np.array([t.memory_format for t in tensors], np.uint8),
-        ),
-        chunks=Chunks(
-            tensor=numbers[:, 0].copy(),
-            offsets=offsets,
-            sizes=sizes,
-            file=numbers[:, 1].astype(np.int32),
-            record_offset=numbers[:, 2].copy(),
-            record_length=numbers[:, 3].copy(),
-            container=numbers[:, 4].astype(np.uint8),
-            transform=numbers[:, 5].astype(np.int16),
-            payloads=Payloads(
-                offset=numbers[:, 6].copy(),
-                strides=strides,
-                length=numbers[:, 7].copy(),
-                checksum=numbers[:, 8].copy(),
-                flags=numbers[:, 9].astype(np.uint8),
-            )
-            if known
-            else None,
-        ),
-        objects=Objects(
-            keys=[o.key for o in objects],
-            file=object_numbers[:, 0].astype(np.int32),
-            record_offset=object_numbers[:, 1].copy(),
-            record_length=object_numbers[:, 2].copy(),
-            transform=object_numbers[:, 3].astype(np.int16),
-            values={o.key: o.value for o in objects if o.file is None},
-        ),
+        tensors=tensor_columns,
+        chunks=chunks,
+        objects=object_columns,
         files=list(files.numbers),
         transforms=list(transforms.numbers),
         key_order=list(key_order),
@@ -207,4 +130,95 @@ def build_index(
         version=version,
         source=source,
         metadata_files=list(metadata_files),
+    )
+
+
+def _tensor_columns(tensors: Sequence[TensorEntry], axes: int) -> Tensors:
+    shape = np.ones((len(tensors), axes), np.int64)
+    for row, tensor in enumerate(tensors):
+        shape[row, : len(tensor.shape)] = tensor.shape
+    counts = np.array([0, *(len(tensor.chunks) for tensor in tensors)], np.int64)
+    return Tensors(
+        keys=[tensor.key for tensor in tensors],
+        dtype=np.array([tensor.dtype.code for tensor in tensors], np.uint8),
+        ndim=np.array([len(tensor.shape) for tensor in tensors], np.int16),
+        shape=shape,
+        first_chunk=np.cumsum(counts),
+        requires_grad=np.array([tensor.requires_grad for tensor in tensors], np.bool_),
+        pin_memory=np.array([tensor.pin_memory for tensor in tensors], np.bool_),
+        memory_format=np.array([tensor.memory_format for tensor in tensors], np.uint8),
+    )
+
+
+def _chunk_columns(
+    tensors: Sequence[TensorEntry], axes: int, files: _Numbering, transforms: _Numbering
+) -> Chunks:
+    count = sum(len(tensor.chunks) for tensor in tensors)
+    boxes = np.zeros((3, count, axes), np.int64)
+    offsets, sizes, strides = boxes
+    sizes[:] = 1
+    numbers = np.zeros((count, 10), np.int64)
+    rows = ((i, tensor, chunk) for i, tensor in enumerate(tensors) for chunk in tensor.chunks)
+    for row, (i, tensor, chunk) in enumerate(rows):
+        rank = len(tensor.shape)
+        if len(chunk.offsets) != rank or len(chunk.sizes) != rank:
+            raise FormatError(
+                f"key {tensor.key!r}: a chunk has offsets {chunk.offsets} and sizes "
+                f"{chunk.sizes}, but the tensor has shape {tensor.shape}"
+            )
+        offsets[row, :rank] = chunk.offsets
+        sizes[row, :rank] = chunk.sizes
+        strides[row, :rank] = (
+            row_major_strides(chunk.sizes) if chunk.strides is None else chunk.strides
+        )
+        numbers[row] = (
+            i,
+            NO_FILE if chunk.file is None else files[chunk.file],
+            chunk.record_offset,
+            chunk.record_length,
+            chunk.container,
+            transforms[chunk.transforms],
+            chunk.payload_offset,
+            chunk.payload_length,
+            chunk.checksum,
+            chunk.flags,
+        )
+    tensor_row, file, record_offset, record_length, container, transform, *payload = numbers.T
+    payload_offset, payload_length, checksum, flags = (column.copy() for column in payload)
+    payloads = Payloads(payload_offset, strides, payload_length, checksum, flags.astype(np.uint8))
+    return Chunks(
+        tensor=tensor_row.copy(),
+        offsets=offsets,
+        sizes=sizes,
+        file=file.astype(np.int32),
+        record_offset=record_offset.copy(),
+        record_length=record_length.copy(),
+        container=container.astype(np.uint8),
+        transform=transform.astype(np.int16),
+        payloads=payloads if (payload_offset != UNKNOWN).any() else None,
+    )
+
+
+def _object_columns(
+    objects: Sequence[ObjectEntry], files: _Numbering, transforms: _Numbering
+) -> Objects:
+    numbers = np.array(
+        [
+            (
+                NO_FILE if entry.file is None else files[entry.file],
+                entry.record_offset,
+                entry.record_length,
+                transforms[entry.transforms],
+            )
+            for entry in objects
+        ],
+        np.int64,
+    ).reshape(-1, 4)
+    return Objects(
+        keys=[entry.key for entry in objects],
+        file=numbers[:, 0].astype(np.int32),
+        record_offset=numbers[:, 1].copy(),
+        record_length=numbers[:, 2].copy(),
+        transform=numbers[:, 3].astype(np.int16),
+        values={entry.key: entry.value for entry in objects if entry.file is None},
     )
