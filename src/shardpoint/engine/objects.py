@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any, TypeAlias, TypeVar
 
 from shardpoint.engine._files import OpenFiles
-from shardpoint.errors import CorruptionError, FormatError, PlanError, Problem, ShardpointError
+from shardpoint.errors import (
+    CorruptionError,
+    FormatError,
+    PlanError,
+    Problem,
+    ShardpointError,
+    StorageError,
+)
 from shardpoint.formats.object_decoder import ObjectFactory, decode_object
 from shardpoint.formats.torch_record import read_object_pickle
 from shardpoint.index import NO_FILE, CheckpointIndex
@@ -130,6 +137,8 @@ def _stored_records(
     try:
         data = _read_span(index, files, group[-1], start, end)
     except ShardpointError as error:
+        if isinstance(error, StorageError) and failures is None:
+            raise  # the store failed, not a record: trying again would hide it
         if len(group) == 1:
             _keep(failures, group[0], error)
             return
