@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,50 @@ def test_an_interrupt_on_one_rank_stops_the_others_too(pool: RankPool, tmp_path:
     for rank in (0, 2):
         assert "plan failed on rank 1" in answers[rank]
         assert "KeyboardInterrupt" in answers[rank]
+
+
+class Unsendable(Exception):
+    """Pickles, but does not come back."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+class Unsending(dcp.DefaultSavePlanner):
+    """Fails, or gives a result, on the coordinator that cannot be sent to the others."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def create_global_plan(self, all_plans: Any) -> Any:
+        plans, metadata = super().create_global_plan(all_plans)
+        if self.way == "error":
+            raise Unsendable("does not", "come back")
+        if self.way == "interrupt":
+            raise KeyboardInterrupt
+        plans[1] = dataclasses.replace(plans[1], planner_data=lambda: None)
+        return plans, metadata
+
+
+def _unsent(folder: str, way: str) -> str:
+    try:
+        dcp.save({"a": 1}, checkpoint_id=folder, planner=Unsending(way))
+    except (dcp.CheckpointException, KeyboardInterrupt) as error:
+        dist.barrier()
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("way", ["error", "interrupt", "result"])
+def test_what_the_coordinator_cannot_send_is_a_failure_everywhere(
+    pool: RankPool, tmp_path: Path, way: str
+) -> None:
+    answers = pool.run(2, _unsent, str(tmp_path / "ckpt"), way)
+    said = {"error": "does not come back", "interrupt": "KeyboardInterrupt", "result": "pickle"}
+    for rank, answer in enumerate(answers):
+        assert said[way] in answer
+        if way == "interrupt" and rank == 0:
+            assert answer.startswith("KeyboardInterrupt")
+        else:
+            assert "plan failed on rank 0" in answer

@@ -571,3 +571,33 @@ def test_tensors_that_bring_their_own_chunks(tmp_path: Path) -> None:
     target = Tiles([torch.zeros(3), torch.zeros(3)])
     dcp.load({"t": target}, checkpoint_id=tmp_path)
     assert [row.tolist() for row in target.rows] == [[1] * 3, [2] * 3]
+
+
+class UnpicklablePlanner(dcp.DefaultSavePlanner):
+    """Hands itself something that could not be sent anywhere: alone it need not be."""
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        return dataclasses.replace(super().create_local_plan(), usable=lambda: True)
+
+
+def test_a_process_alone_sends_nothing(tmp_path: Path) -> None:
+    dcp.save(small(), checkpoint_id=tmp_path, planner=UnpicklablePlanner())
+    assert len(shardpoint.open(tmp_path)) == 3
+
+
+class ForeignMetadataReader(dcp.FileSystemReader):
+    """Brings the metadata from elsewhere."""
+
+    def __init__(self, path: Path, metadata: dcp.Metadata) -> None:
+        super().__init__(path)
+        self.given = metadata
+
+    def read_metadata(self) -> dcp.Metadata:
+        return self.given
+
+
+def test_a_reader_may_bring_metadata_from_elsewhere(tmp_path: Path) -> None:
+    metadata = dcp.save(small(), checkpoint_id=tmp_path)
+    target = small(0.0)
+    dcp.load(target, storage_reader=ForeignMetadataReader(tmp_path, metadata))
+    assert differences(target, small()) == []

@@ -106,7 +106,7 @@ def agree(coordinator: Coordinator, step: str, function: Callable[[], Result]) -
         On every rank, if any rank raised; names all of them.
     """
     result, failure = _attempt(function)
-    payload = b"" if failure is None else _pack(failure)
+    payload = b"" if failure is None else pickle.dumps(_portable(failure))
     _raise_failures(step, dict(enumerate(map(_unpack, coordinator.all_gather(payload)))), failure)
     return cast(Result, result)
 
@@ -118,7 +118,7 @@ def broadcast_result(coordinator: Coordinator, step: str, function: Callable[[],
     result: object = None
     if coordinator.is_coordinator:
         result, failure = _attempt(function)
-        payload = _pack(result if failure is None else failure)
+        payload, failure = _packed(result, failure)
     received = coordinator.broadcast(payload)
     if not coordinator.is_coordinator:
         result = _unpack(received)
@@ -145,28 +145,26 @@ def gather_scatter(
     RankFailedError
         On every rank, if `local` raised anywhere or `combine` on the coordinator.
     """
+    if coordinator.world_size == 1:
+        return agree(coordinator, step, lambda: combine([local()])[0])
     mine, failure = _attempt(local)
-    gathered = coordinator.gather(_pack(mine if failure is None else failure))
+    payload = b""
+    if failure is not None or not coordinator.is_coordinator:
+        payload, failure = _packed(mine, failure)
+    gathered = coordinator.gather(payload)
     answers: list[bytes] | None = None
     if gathered is not None:
         received = [
-            mine if rank == coordinator.rank and failure is None else _unpack(payload)
-            for rank, payload in enumerate(gathered)
+            mine if rank == coordinator.rank and failure is None else _unpack(sent)
+            for rank, sent in enumerate(gathered)
         ]
-        failures: dict[int, object] = {
-            rank: value for rank, value in enumerate(received) if isinstance(value, _Failure)
-        }
-        combined: Sequence[Result] = ()
+        failures = {rank: value for rank, value in enumerate(received) if _is_failure(value)}
         if not failures:
-            value, combine_failure = _attempt(lambda: combine(cast(list[Local], received)))
-            if combine_failure is None:
-                combined = cast(Sequence[Result], value)
-            else:
-                failures = {coordinator.rank: combine_failure}
+            answers, own = _combined(lambda: combine(cast(list[Local], received)))
+            if own is not None:
+                failure, failures = own, {coordinator.rank: _portable(own)}
         if failures:
-            answers = [_pack(_Failures(failures))] * coordinator.world_size
-        else:
-            answers = [_pack(answer) for answer in combined]
+            answers = [pickle.dumps(_Failures(failures))] * coordinator.world_size
     answer = _unpack(coordinator.scatter(answers))
     if isinstance(answer, _Failures):
         _raise_failures(step, answer.by_rank, failure)
@@ -177,7 +175,7 @@ def gather_scatter(
 class _Failures:
     """What the coordinator sends when a step failed somewhere."""
 
-    by_rank: dict[int, object]
+    by_rank: Mapping[int, object]
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, _Failure | None]:
@@ -189,18 +187,36 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, _Failure | 
         return None, _Failure(error, stack)
 
 
-def _pack(value: object) -> bytes:
-    """Pickle a value; an exception that cannot be pickled goes as its text."""
+def _is_failure(value: object) -> bool:
+    return isinstance(value, _Failure)
+
+
+def _combined(
+    combine: Callable[[], Sequence[object]],
+) -> tuple[list[bytes] | None, _Failure | None]:
+    """Return the answers for all ranks, ready to be sent, or why there are none."""
+    answers, failure = _attempt(lambda: [pickle.dumps(answer) for answer in combine()])
+    return answers, failure
+
+
+def _packed(result: object, failure: _Failure | None) -> tuple[bytes, _Failure | None]:
+    """Pickle a result or a failure; a result that cannot be sent is a failure."""
+    if failure is None:
+        payload, failure = _attempt(lambda: pickle.dumps(result))
+        if payload is not None:
+            return payload, None
+    assert failure is not None
+    return pickle.dumps(_portable(failure)), failure
+
+
+def _portable(failure: _Failure) -> _Failure:
+    """Return the failure, with a stand-in for an exception that does not survive pickling."""
     try:
-        packed = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-        if isinstance(value, _Failure):
-            pickle.loads(packed)  # noqa: S301  many exceptions pickle but do not come back
-    except Exception as error:  # noqa: BLE001
-        failure = value if isinstance(value, _Failure) else _Failure(error, ())
-        cause, stack = failure.cause, failure.stack
-        stand_in = ShardpointError(f"{type(cause).__name__}: {cause}")
-        packed = pickle.dumps(_Failure(stand_in, stack), protocol=pickle.HIGHEST_PROTOCOL)
-    return packed
+        pickle.loads(pickle.dumps(failure))  # noqa: S301  many pickle but do not come back
+    except Exception:  # noqa: BLE001
+        cause = failure.cause
+        return _Failure(ShardpointError(f"{type(cause).__name__}: {cause}"), failure.stack)
+    return failure
 
 
 def _unpack(payload: bytes) -> object:

@@ -44,6 +44,7 @@ from shardpoint.errors import (
 from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.index import CheckpointIndex
 from shardpoint.planning.placing import attach_storage
+from shardpoint.storage.base import Storage
 from shardpoint.storage.local import LocalStorage
 
 __all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]
@@ -312,6 +313,7 @@ class FileSystemReader(StorageReader):
 
     def _begin(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.storage: Storage = LocalStorage(self.path)
         self.load_id = secrets.token_hex(16)
         self.statistics: ReadStatistics | None = None
         self._index: CheckpointIndex | None = None
