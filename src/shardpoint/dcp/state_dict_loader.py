@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, agree, gather_scatter
 from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._signatures import accepted, takes
 from shardpoint.dcp._state import is_stateful
 from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
 from shardpoint.dcp.default_planner import (
@@ -201,7 +201,7 @@ class _Load:
         """Whether nobody wants to see all ranks' plans: then they need not be sent."""
         return (
             getattr(type(self.planner), "create_global_plan", None)
-            is (DefaultLoadPlanner.create_global_plan)
+            is DefaultLoadPlanner.create_global_plan
             and self.reader_kind.prepare_global_plan is FileSystemReader.prepare_global_plan
         )
 
@@ -213,11 +213,9 @@ class _Load:
         rank, is_coordinator = self.coordinator.rank, self.coordinator.is_coordinator
         metadata, use_collectives = _read_metadata(reader, rank)
         self.planner.set_up_planner(self.loaded, metadata, is_coordinator)
-        parameters = inspect.signature(reader.set_up_storage_reader).parameters
-        keywords: dict[str, Any] = {"rank": rank, "use_collectives": use_collectives}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            keywords = {name: value for name, value in keywords.items() if name in parameters}
-        reader.set_up_storage_reader(metadata, is_coordinator, **keywords)
+        set_up = reader.set_up_storage_reader
+        keywords = accepted(set_up, rank=rank, use_collectives=use_collectives)
+        set_up(metadata, is_coordinator, **keywords)
         return reader.prepare_local_plan(self.planner.create_local_plan())
 
     def _plan_globally(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -235,15 +233,13 @@ def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
     Our own reader finds by itself what there is. Others are asked for the whole first and,
     where they can tell ranks apart, for this rank's then, as torch does.
     """
-    parameters = inspect.signature(reader.read_metadata).parameters
-    takes_rank = any(p.kind is p.VAR_KEYWORD or p.name == "rank" for p in parameters.values())
     if isinstance(reader, FileSystemReader):
-        metadata = reader.read_metadata(rank=rank) if takes_rank else reader.read_metadata()
+        metadata = reader.read_metadata(**accepted(reader.read_metadata, rank=rank))
         return metadata, not reader.is_per_rank
     try:
         return reader.read_metadata(), True
     except Exception:
-        if not takes_rank:
+        if not takes(reader.read_metadata, "rank"):
             raise
         logger.info("no metadata for all ranks, looking for rank %d's", rank, exc_info=True)
         return reader.read_metadata(rank=rank), False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
@@ -22,6 +21,7 @@ from shardpoint.coordination import (
 )
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._signatures import accepted
 from shardpoint.dcp._state import call_state_dict
 from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
 from shardpoint.dcp.default_planner import DefaultSavePlanner
@@ -148,13 +148,15 @@ class _Save:
         writer = self.writer = self.make_writer()
         refuse_torchs_own(writer, "storage writer")
         is_coordinator = self.coordinator.is_coordinator
-        _set_up_planner(self.planner, self.state(), writer, is_coordinator)
-        _set_up_writer(
-            writer,
-            is_coordinator,
+        set_up_planner = self.planner.set_up_planner
+        meta = accepted(set_up_planner, storage_meta=writer.storage_meta())
+        set_up_planner(self.state(), is_coordinator=is_coordinator, **meta)
+        keywords = accepted(
+            writer.set_up_storage_writer,
             rank=self.coordinator.rank if self.rank is None else self.rank,
             use_collectives=self.rank is None,
         )
+        writer.set_up_storage_writer(is_coordinator, **keywords)
         return writer.prepare_local_plan(self.planner.create_local_plan())
 
     def plan_globally(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -232,25 +234,3 @@ def _abort(run: _Save) -> None:
             abort()
         except ShardpointError as error:
             logger.warning("cleaning up after a failed save failed too: %s", error)
-
-
-def _set_up_planner(
-    planner: SavePlanner, state_dict: dict[str, Any], writer: StorageWriter, coordinator: bool
-) -> None:
-    """Call `set_up_planner` as its signature has it: before torch 2.3 it had no storage_meta."""
-    if "storage_meta" in inspect.signature(planner.set_up_planner).parameters:
-        planner.set_up_planner(
-            state_dict=state_dict, storage_meta=writer.storage_meta(), is_coordinator=coordinator
-        )
-    else:
-        planner.set_up_planner(state_dict, is_coordinator=coordinator)
-
-
-def _set_up_writer(
-    writer: StorageWriter, is_coordinator: bool, *, rank: int, use_collectives: bool
-) -> None:
-    parameters = inspect.signature(writer.set_up_storage_writer).parameters
-    keywords = {"rank": rank, "use_collectives": use_collectives}
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        keywords = {name: value for name, value in keywords.items() if name in parameters}
-    writer.set_up_storage_writer(is_coordinator, **keywords)
