@@ -190,6 +190,7 @@ class Failer(_Counted):
         self._at = at
         self._mode = mode
         self.failed: Call | None = None
+        self.all_failed: list[Call] = []
 
     def __call__(self, call: Call, do: Callable[[], Any]) -> Any:
         if call.kind in self._skip:
@@ -199,6 +200,7 @@ class Failer(_Counted):
             return do()
         if number == self._at:
             self.failed = call
+        self.all_failed.append(call)
         if call.kind == "close" or (self._mode == "after" and call.kind in self._AFTER):
             do()
         code = errno.ENOSPC if call.kind in _SPACE else errno.EIO
