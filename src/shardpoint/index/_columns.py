@@ -22,6 +22,7 @@ __all__ = [
     "NEGATIVE",
     "NO_FILE",
     "UNKNOWN",
+    "BlockChecksums",
     "CheckpointIndex",
     "Chunks",
     "Container",
@@ -125,6 +126,27 @@ class Payloads:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BlockChecksums:
+    """CRC-32 of every payload, block by block, so that a part of one can be checked.
+
+    Attributes
+    ----------
+    block_size
+        Bytes of each block of a payload but its last, which may be shorter.
+    first
+        ``int64[m + 1]``: the blocks of chunk ``i`` are ``first[i]:first[i + 1]``; a chunk whose
+        blocks are not known has none, and so have chunks with a transform.
+    values
+        ``uint32[k]``: block ``j`` of a chunk covers the bytes from ``j * block_size`` on of its
+        payload, which begins at `Payloads.offset` and has `Payloads.length` bytes.
+    """
+
+    block_size: int
+    first: Int64Array
+    values: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Chunks:
     """One row a chunk, grouped by tensor, in saved order.
 
@@ -144,6 +166,11 @@ class Chunks:
         ``int16[m]``: position in `CheckpointIndex.transforms`; 0 is none.
     payloads
         None where no payload is known before its record's header is read.
+    blocks
+        Checksums of parts of the payloads; None where there are none.
+    record_checksum
+        ``int64[m]``: CRC-32 of all bytes of the record as they lie in the file, or `UNKNOWN`;
+        None where there are none.
     """
 
     tensor: Int64Array
@@ -155,6 +182,8 @@ class Chunks:
     container: npt.NDArray[np.uint8]
     transform: npt.NDArray[np.int16]
     payloads: Payloads | None = None
+    blocks: BlockChecksums | None = None
+    record_checksum: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -165,7 +194,8 @@ class Objects:
     """One row an object that is no tensor: a torch.save record each.
 
     Columns are as in `Chunks`. `values` holds objects that the container's own header
-    already gave (a ``torch.save`` file's), by key; such a row has `NO_FILE`.
+    already gave (a ``torch.save`` file's), by key; such a row has `NO_FILE`. `record_checksum`
+    is ``int64[n]``, the CRC-32 of the record's bytes in the file, or None.
     """
 
     keys: Sequence[str]
@@ -174,6 +204,7 @@ class Objects:
     record_length: Int64Array
     transform: npt.NDArray[np.int16]
     values: Mapping[str, Any] = field(default_factory=dict)
+    record_checksum: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from shardpoint.index import NO_FILE, CheckpointIndex, Chunks
+from shardpoint.index import NO_FILE, BlockChecksums, CheckpointIndex, Chunks, Payloads
 from shardpoint.planning.save import group_rows
 
 __all__ = ["Written", "attach_storage"]
@@ -31,6 +31,14 @@ class Written:
         ``int64[n]``: the record's byte span.
     transforms
         A descriptor tuple for each row.
+    payloads
+        Where the elements lie in each record, row by row; offset and length `UNKNOWN` for
+        objects and where the writer does not say. None where no row says.
+    blocks
+        Checksums of the payloads' blocks, row by row; None where no row has any.
+    record_checksum
+        ``int64[n]``: CRC-32 of each record's bytes in the file, or `UNKNOWN`; None where no row
+        has one.
     """
 
     keys: Sequence[str]
@@ -41,6 +49,9 @@ class Written:
     offset: Int64Array
     length: Int64Array
     transforms: Sequence[tuple[str, ...]]
+    payloads: Payloads | None = None
+    blocks: BlockChecksums | None = None
+    record_checksum: Int64Array | None = None
 
 
 def attach_storage(index: CheckpointIndex, written: Written) -> CheckpointIndex:
