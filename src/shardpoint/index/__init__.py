@@ -8,6 +8,7 @@ from shardpoint.index._building import (
     row_major_strides,
 )
 from shardpoint.index._columns import (
+    BLOCK_BYTES,
     CONJUGATE,
     NEGATIVE,
     NO_FILE,
@@ -22,6 +23,7 @@ from shardpoint.index._columns import (
 )
 
 __all__ = [
+    "BLOCK_BYTES",
     "CONJUGATE",
     "NEGATIVE",
     "NO_FILE",

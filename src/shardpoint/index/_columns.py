@@ -18,6 +18,7 @@ import numpy.typing as npt
 from shardpoint.dtypes import BY_CODE, DType
 
 __all__ = [
+    "BLOCK_BYTES",
     "CONJUGATE",
     "NEGATIVE",
     "NO_FILE",
@@ -38,6 +39,15 @@ NO_FILE = -1
 
 UNKNOWN = -1
 """In an offset, length or checksum column: not known without reading the record."""
+
+
+BLOCK_BYTES = 64 << 10
+"""Bytes that one checksum covers in the indexes that are written; readers take any size.
+
+So small that a slice can afford to read its first and last block whole, to check all of itself:
+an eighth of a tensor of 16 MiB is 2 MiB, of which two half blocks are 3 %. The checksums are
+4 bytes of 64 KiB, 61 MB for each TB.
+"""
 
 
 CONJUGATE = 1
