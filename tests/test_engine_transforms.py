@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardpoint.errors import CorruptionError, LimitExceededError, NotSupportedError
-from shardpoint.transforms import decode
+from shardpoint.transforms import Transforms, decode
 
 ZSTD = "stream.zstd/1"
 
@@ -24,7 +24,16 @@ def _compress(data: bytes, **options: bool) -> bytes:
 
 
 def _decode(descriptors: tuple[str, ...], data: bytes, max_size: int) -> bytes:
-    return decode(descriptors, data, max_size=max_size, key="some.key", file="__0_0.distcp")
+    return bytes(
+        decode(
+            descriptors,
+            data,
+            finder=Transforms(),
+            max_size=max_size,
+            key="some.key",
+            file="__0_0.distcp",
+        )
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 128 << 10, 5 << 20])

@@ -107,6 +107,7 @@ def test_public_names_are_these() -> None:
         "ShardpointWarning",
         "StorageError",
         "TensorInfo",
+        "UnknownExtensionError",
         "UnsafePathError",
         "VerifyReport",
         "__version__",

@@ -22,6 +22,7 @@ from shardpoint.errors import (
     ShardpointError,
     ShardpointWarning,
     StorageError,
+    UnknownExtensionError,
     UnsafePathError,
 )
 from shardpoint.verify import VerifyReport
@@ -48,6 +49,7 @@ __all__ = [
     "ShardpointWarning",
     "StorageError",
     "TensorInfo",
+    "UnknownExtensionError",
     "UnsafePathError",
     "VerifyReport",
     "__version__",

@@ -13,6 +13,7 @@
     ├── CheckpointKeyError           (KeyError)           no such key
     ├── PlanError                    (ValueError)         wanted and stored do not fit together
     ├── NotSupportedError            (NotImplementedError) known, not done
+    │   └── UnknownExtensionError    (ValueError)         an extension that nobody registered
     ├── StorageError                 (OSError)            the store refused
     └── RankFailedError              (RuntimeError)       one or more ranks failed; names them all
 
@@ -41,6 +42,7 @@ __all__ = [
     "ShardpointError",
     "ShardpointWarning",
     "StorageError",
+    "UnknownExtensionError",
     "UnsafePathError",
 ]
 
@@ -140,6 +142,10 @@ class PlanError(ShardpointError, ValueError):
 
 class NotSupportedError(ShardpointError, NotImplementedError):
     """The thing is known, and shardpoint does not do it."""
+
+
+class UnknownExtensionError(NotSupportedError, ValueError):
+    """A descriptor names an extension, or a version of one, that the registry does not know."""
 
 
 class StorageError(ShardpointError, OSError):

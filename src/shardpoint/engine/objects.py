@@ -19,7 +19,7 @@ from shardpoint.formats.object_decoder import ObjectFactory, decode_object
 from shardpoint.formats.torch_record import read_object_pickle
 from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.storage import Storage
-from shardpoint.transforms import decode
+from shardpoint.transforms import Transforms, decode
 
 __all__ = ["read_object", "read_object_records", "read_objects"]
 
@@ -184,13 +184,15 @@ def _decoded(index: CheckpointIndex, row: int, record: bytes) -> bytes:
     transforms = index.transforms[int(objects.transform[row])]
     if not transforms:
         return record
-    return decode(
+    decoded = decode(
         transforms,
         record,
+        finder=Transforms(),
         max_size=max(_DECODED, _DECODED_RATIO * len(record)),
         key=objects.keys[row],
         file=index.files[int(objects.file[row])],
     )
+    return bytes(decoded)
 
 
 def read_objects(

@@ -35,7 +35,7 @@ from shardpoint.engine.targets import ArraySink, ReadRequest, TensorSink
 from shardpoint.formats.checksum import crc32
 from shardpoint.index import UNKNOWN, CheckpointIndex, Container
 from shardpoint.storage import Storage
-from shardpoint.transforms import decode
+from shardpoint.transforms import Transforms, decode
 
 __all__ = [
     "ArraySink",
@@ -216,14 +216,13 @@ class _Operation:
         most = prod(place.sizes) * place.dtype.itemsize
         if known is not None:
             most = max(most, known.offset + known.length)
-        record = memoryview(
-            decode(
-                place.transforms,
-                stored,
-                max_size=most + _RECORD_SLACK,
-                key=place.key,
-                file=place.file,
-            )
+        record = decode(
+            place.transforms,
+            stored,
+            finder=Transforms(),
+            max_size=most + _RECORD_SLACK,
+            key=place.key,
+            file=place.file,
         )
         if known is None:
             known = from_record(place, _reader(record, 0), 0, len(record))

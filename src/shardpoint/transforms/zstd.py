@@ -14,8 +14,11 @@ from shardpoint.errors import (
     Problem,
     ShardpointError,
 )
+from shardpoint.transforms._records import MemoryRecord, Origin, RecordBytes, Tally, read_at
 
-__all__ = ["decompress"]
+__all__ = ["Zstd", "decompress"]
+
+_NAME = "stream.zstd"
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _LARGEST_WINDOW = 128 << 20  # what zstd's own level 19 and below never exceed
@@ -24,13 +27,32 @@ _STEP = 4 << 20
 _RLE, _RESERVED = 1, 3
 
 
+class Zstd:
+    """torch's own ``stream.zstd/1``, undone: one frame, so all of a record at once."""
+
+    name = _NAME
+
+    def undo(
+        self, stored: RecordBytes, version: str, *, most: int, origin: Origin, tally: Tally | None
+    ) -> RecordBytes:
+        """See `Transform`."""
+        if version.partition(".")[0] != "1":
+            known = f"{_NAME}/1"
+            raise origin.not_supported(f"unknown transform '{_NAME}/{version}'; known: {known!r}")
+        data = memoryview(read_at(stored, 0, stored.size))
+        content = decompress(data, most, origin.key, origin.file)
+        if tally is not None:
+            tally.add(len(content))
+        return MemoryRecord(content)
+
+
 def decompress(data: memoryview, max_size: int, key: str, file: str) -> bytes:
     """Return the content of the one frame that `data` is.
 
     Raises
     ------
     CorruptionError, LimitExceededError, NotSupportedError
-        As `shardpoint.transforms.decode` does.
+        As `Transform.undo` does.
     """
     try:
         import zstandard
