@@ -4,6 +4,7 @@
 the same calls, and the same files on disk, in both directions.
 """
 
+from shardpoint.dcp._fsspec_filesystem import FsspecReader, FsspecWriter
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from shardpoint.dcp.filesystem import FileSystemReader, FileSystemWriter
@@ -13,7 +14,6 @@ from shardpoint.dcp.metadata import (
     Metadata,
     TensorStorageMetadata,
 )
-from shardpoint.dcp.optimizer import load_sharded_optimizer_state_dict
 from shardpoint.dcp.planner import (
     LoadPlan,
     LoadPlanner,
@@ -35,6 +35,8 @@ __all__ = [
     "DefaultSavePlanner",
     "FileSystemReader",
     "FileSystemWriter",
+    "FsspecReader",
+    "FsspecWriter",
     "LoadPlan",
     "LoadPlanner",
     "LoadReport",
@@ -48,7 +50,6 @@ __all__ = [
     "TensorStorageMetadata",
     "WriteItem",
     "load",
-    "load_sharded_optimizer_state_dict",
     "load_state_dict",
     "save",
     "save_state_dict",

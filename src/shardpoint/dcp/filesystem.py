@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.futures import Future
 
+from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import object_streams
 from shardpoint.dcp._reading import requests_for
@@ -44,10 +44,15 @@ from shardpoint.errors import (
 from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.index import CheckpointIndex
 from shardpoint.planning.placing import attach_storage
-from shardpoint.storage.base import Storage
-from shardpoint.storage.local import LocalStorage
+from shardpoint.storage.places import local_path, remote_storage
 
-__all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]
+__all__ = [
+    "FileSystem",
+    "FileSystemBase",
+    "FileSystemReader",
+    "FileSystemWriter",
+    "SerializationFormat",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +60,16 @@ DEFAULT_SUFFIX = ".distcp"
 CURRENT_DCP_VERSION = "1.0.0"
 
 
-def is_local(checkpoint_id: str | os.PathLike[str]) -> bool:
-    """Whether this is a path, and not a URL or nothing at all."""
+def is_place(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether this is a path, or a URL of a protocol that there is a file system for."""
     text = os.fspath(checkpoint_id)
-    return bool(text) and "://" not in text
+    if not text or local_path(text) is not None:
+        return bool(text)
+    try:
+        remote_storage(text)
+    except NotSupportedError:
+        return False
+    return True
 
 
 class SerializationFormat(Enum):
@@ -98,8 +109,8 @@ class _StoragePrefix:
     prefix: str
 
 
-class FileSystemWriter(StorageWriter):
-    """Writes a checkpoint into a folder.
+class FileSystemWriter(StoragePlace, StorageWriter):
+    """Writes a checkpoint into a folder, or to a URL.
 
     The place may hold a checkpoint already: it stays readable until the new one is
     complete, and is then replaced in one step.
@@ -107,7 +118,7 @@ class FileSystemWriter(StorageWriter):
     Parameters
     ----------
     path
-        The folder; made if it does not exist.
+        The folder, made if it does not exist; or a URL that fsspec knows.
     single_file_per_rank
         One file for each rank (and thread), or one for each item.
     sync_files
@@ -151,16 +162,18 @@ class FileSystemWriter(StorageWriter):
         self.rank: int | None = None
         self.use_collectives = True
         self.is_coordinator = False
-        self._begin(path)
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self._begin()
 
-    def _begin(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.storage = LocalStorage(self.path)
+    def _begin(self) -> None:
         self.save_id = secrets.token_hex(16)
         self._written: list[str] = []
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._begin(checkpoint_id or self.path)
+        if checkpoint_id:
+            self.path = self.fs.init_path(checkpoint_id)
+        self._begin()
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -169,7 +182,7 @@ class FileSystemWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return is_local(checkpoint_id)
+        return is_place(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
@@ -283,13 +296,13 @@ class FileSystemWriter(StorageWriter):
         return committing.rank_metadata_name(self.rank or 0)
 
 
-class FileSystemReader(StorageReader):
+class FileSystemReader(StoragePlace, StorageReader):
     """Reads a checkpoint: a folder of torch's or of safetensors files, or a torch.save file.
 
     Parameters
     ----------
     path
-        The folder or file.
+        The folder or file; or its URL.
     verify
         Compare what is read with its checksums, where whole records are read.
     thread_count
@@ -309,17 +322,20 @@ class FileSystemReader(StorageReader):
         self.verify = verify
         self.allowed = allowed
         self.thread_count = thread_count or min(4, os.cpu_count() or 1)
-        self._begin(path)
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self._begin()
 
-    def _begin(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.storage: Storage = LocalStorage(self.path)
+    def _begin(self) -> None:
+        self._forget_storage()
         self.load_id = secrets.token_hex(16)
         self.statistics: ReadStatistics | None = None
         self._index: CheckpointIndex | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._begin(checkpoint_id or self.path)
+        if checkpoint_id:
+            self.path = self.fs.init_path(checkpoint_id)
+        self._begin()
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -328,11 +344,14 @@ class FileSystemReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return is_local(checkpoint_id)
+        return is_place(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self._index, self.storage = open_index(
-            self.path, prefer_rank=kwargs.get("rank"), allowed=self.allowed
+            self.path if is_known(self.fs) else self.storage,
+            prefer_rank=kwargs.get("rank"),
+            allowed=self.allowed,
+            options=getattr(self.fs, "options", None),
         )
         metadata = metadata_of(self._index, _StorageInfo)
         if metadata.storage_meta is None:

@@ -95,7 +95,7 @@ def load(
     state_dict
         What to fill. All ranks give the same keys at the top.
     checkpoint_id
-        The folder, or a ``torch.save`` or safetensors file.
+        The folder, or a ``torch.save`` or safetensors file; a path or a URL.
     storage_reader
         What to read from; None is a `FileSystemReader` of `checkpoint_id`.
     planner
@@ -170,8 +170,8 @@ def _reader(
         return storage_reader
     if checkpoint_id is None:
         raise PlanError("load needs a checkpoint_id or a storage_reader")
-    if not FileSystemReader.validate_checkpoint_id(checkpoint_id):
-        raise PlanError(f"no storage reader for {str(checkpoint_id)!r}: give a folder or a file")
+    if not os.fspath(checkpoint_id):
+        raise PlanError("there is no checkpoint at '': give a folder, a file or a URL")
     return FileSystemReader(checkpoint_id, allowed=allowed)
 
 

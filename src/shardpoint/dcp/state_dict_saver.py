@@ -81,7 +81,7 @@ def save(
         Tensors, `DTensor` s, `ShardedTensor` s, objects, containers of them, and `Stateful` s,
         whose ``state_dict()`` is called.
     checkpoint_id
-        The folder.
+        The folder, or a URL that fsspec knows.
     storage_writer
         Where to write; None is a `FileSystemWriter` of `checkpoint_id`.
     planner
@@ -126,8 +126,8 @@ def _writer(
         return storage_writer
     if checkpoint_id is None:
         raise PlanError("save needs a checkpoint_id or a storage_writer")
-    if not FileSystemWriter.validate_checkpoint_id(checkpoint_id):
-        raise PlanError(f"no storage writer for {str(checkpoint_id)!r}: give a folder")
+    if not os.fspath(checkpoint_id):
+        raise PlanError("no checkpoint can be written to '': give a folder or a URL")
     return FileSystemWriter(checkpoint_id)
 
 

@@ -14,7 +14,6 @@ from shardpoint.engine._own_rank import preferring
 from shardpoint.errors import (
     CheckpointNotFoundError,
     FormatError,
-    NotSupportedError,
     ShardpointError,
     StorageError,
 )
@@ -23,6 +22,7 @@ from shardpoint.formats.huggingface import find_files, read_directory
 from shardpoint.formats.torch_save import read_torch_save
 from shardpoint.index import NO_FILE, CheckpointIndex, Container
 from shardpoint.storage import LocalStorage, Storage
+from shardpoint.storage.places import local_path, remote_storage
 
 __all__ = ["open_index"]
 
@@ -35,13 +35,16 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _SAFETENSORS = (".safetensors", _INDEX_SUFFIX)
 _DATA_SUFFIX = ".distcp"
 _TORCH_SAVE = (".pt", ".pth", ".bin", ".ckpt")
-_FILE_URL = "file://"
 _MOST_LOOKED_INTO = 100
 _MOST_NAMED = 5
 
 
 def open_index(
-    place: PathLike | Storage, *, prefer_rank: int | None = None, allowed: Allowed | None = None
+    place: PathLike | Storage,
+    *,
+    prefer_rank: int | None = None,
+    allowed: Allowed | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[CheckpointIndex, Storage]:
     """Return the index of the checkpoint at a place, and the storage its files are in.
 
@@ -53,15 +56,17 @@ def open_index(
     Parameters
     ----------
     place
-        A folder, or one file of the last two kinds, which its name tells apart; or the
-        storage of a folder. A file may be a link to anywhere; links in a folder are followed
-        only inside it (see `LocalStorage` for the one exception).
+        A folder, or one file of the last two kinds, which its name tells apart, by path or
+        URL; or the storage of a folder. A file may be a link to anywhere; links in a folder
+        are followed only inside it (see `LocalStorage` for the one exception).
     prefer_rank
         Where each rank has metadata of its own and several have the same thing: whose is
         taken. By default the lowest rank's.
     allowed
         Classes that the objects of a ``torch.save`` file may hold beyond the closed list, by
         qualified name: such a file is one pickle, decoded here.
+    options
+        For the file system of a URL: credentials and the like.
 
     Raises
     ------
@@ -72,7 +77,7 @@ def open_index(
     TypeError
         If the place is no path.
     """
-    storage, name = (place, None) if isinstance(place, Storage) else _locate(place)
+    storage, name = (place, None) if isinstance(place, Storage) else _locate(place, options)
     if name is not None and not _is_metadata(name):
         return _open_file(storage, name, allowed), storage
     if storage.has(_METADATA):
@@ -93,17 +98,18 @@ def open_index(
     return _open_only_file(storage, names, files, allowed), storage
 
 
-def _locate(path: PathLike) -> tuple[Storage, str | None]:
+def _locate(path: PathLike, options: Mapping[str, Any] | None) -> tuple[Storage, str | None]:
     """Return the storage of a folder, or of a file's folder with the file's name."""
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"a path must be a str or os.PathLike of str, not {type(text).__name__}")
-    if text.startswith(_FILE_URL):
-        text = text[len(_FILE_URL) :]
-    if "://" in text:
-        raise NotSupportedError(f"cannot open {text!r}: only local paths are supported")
     if "\0" in text or not text:
         raise CheckpointNotFoundError(f"there is nothing at {text!r}")
+    local = local_path(text)
+    if local is None:
+        remote = remote_storage(text, options)
+        return _checked_name(*remote.split()) if remote.is_file() else (remote, None)
+    text = local
     if os.path.isdir(text):
         return LocalStorage(text), None
     if not os.path.exists(text):
@@ -114,11 +120,15 @@ def _locate(path: PathLike) -> tuple[Storage, str | None]:
         # What such a file names lies beside it: where it really is, unless a cache keeps it
         # under another name.
         folder, name = os.path.split(target)
+    return _checked_name(LocalStorage(folder, trusted=name), name)
+
+
+def _checked_name(storage: Storage, name: str) -> tuple[Storage, str]:
     if name.endswith(_DATA_SUFFIX):
         raise FormatError(
-            f"{text!r} is a data file of a checkpoint folder: open its folder, {folder!r}"
+            f"{name!r} is a data file of a checkpoint folder: open its folder, {storage.location!r}"
         )
-    return LocalStorage(folder, trusted=name), name
+    return storage, name
 
 
 def _is_metadata(name: str) -> bool:

@@ -11,9 +11,11 @@ import builtins
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self, TypeAlias, runtime_checkable
 
-__all__ = ["Buffer", "ReadableFile", "Storage", "WritableFile"]
+from shardpoint.errors import NotSupportedError
+
+__all__ = ["Buffer", "ReadableFile", "SharedStorage", "Storage", "WritableFile"]
 
 Buffer: TypeAlias = memoryview
 """A C-contiguous view of bytes (format ``B``, one axis)."""
@@ -171,6 +173,22 @@ class Storage(ABC):
     def remove(self, name: str) -> None:
         """Remove a file; no error if it is gone already."""
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a file another name, over a file that has it already.
+
+        Raises
+        ------
+        NotSupportedError
+            If the store cannot.
+        UnsafePathError, StorageError
+        """
+        raise NotSupportedError(f"{self.location!r} is in a store that cannot rename files")
+
+    @property
+    def rename_copies(self) -> bool:
+        """Whether a rename is not atomic, and takes as long as writing the file does."""
+        return True
+
     @abstractmethod
     def sync(self) -> None:
         """Make created and removed names durable (fsync of the directory); no-op where moot."""
@@ -181,3 +199,19 @@ class Storage(ABC):
             data = bytearray(file.size)
             file.read_into(0, [memoryview(data)])
             return bytes(data)
+
+
+@runtime_checkable
+class SharedStorage(Protocol):
+    """The ability of a storage whose files several processes can write at once."""
+
+    def reopen(self, name: str) -> WritableFile:
+        """Open a file that `Storage.create` made, here or in another process, to write to it.
+
+        Writes of several processes to bytes that do not overlap are all kept.
+
+        Raises
+        ------
+        UnsafePathError, StorageError
+        """
+        ...

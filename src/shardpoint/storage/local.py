@@ -21,6 +21,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
 _CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | _CLOSE_ON_EXEC
+_REOPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | _CLOSE_ON_EXEC
 _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _CLOSE_ON_EXEC
 
 
@@ -181,6 +182,28 @@ class LocalStorage(Storage):
             raise
         if sync:
             self.sync()
+
+    def reopen(self, name: str) -> WritableFile:
+        """Open an existing file to write to it; see `SharedStorage.reopen`."""
+        path = self._resolve(name)
+        try:
+            descriptor = os.open(path, _REOPEN_FLAGS)
+        except OSError as error:
+            raise refused("open", path, error) from error
+        return LocalWritableFile(descriptor, path)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Rename a file atomically; see `Storage.rename`."""
+        old, new = self._resolve_for_writing(name), self._resolve_for_writing(new_name)
+        try:
+            os.replace(old, new)
+        except OSError as error:
+            raise refused("rename", old, error) from error
+
+    @property
+    def rename_copies(self) -> bool:
+        """False."""
+        return False
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link itself; see `Storage.remove`."""

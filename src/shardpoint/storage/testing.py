@@ -145,6 +145,16 @@ class CountingStorage(Storage):
         self.note("replace", name, 0, len(data))
         self._storage.replace(name, data, sync=sync)
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Pass on."""
+        self.note("rename", name, 0, 0)
+        self._storage.rename(name, new_name)
+
+    @property
+    def rename_copies(self) -> bool:
+        """Pass on."""
+        return self._storage.rename_copies
+
     def remove(self, name: str) -> None:
         """Pass on."""
         self.note("remove", name, 0, 0)

@@ -1,0 +1,66 @@
+"""Which back end serves a path or a URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from shardpoint.errors import NotSupportedError
+from shardpoint.storage.base import Storage
+from shardpoint.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    from shardpoint.storage.fsspec import FsspecStorage
+
+__all__ = ["is_url", "local_path", "remote_storage", "storage_at"]
+
+_LOCAL_PROTOCOLS = ("file://", "local://")
+
+
+def is_url(place: str) -> bool:
+    """Whether this is a URL of any protocol, ``file`` included, and no path."""
+    return "://" in place
+
+
+def local_path(place: str) -> str | None:
+    """Return the path of a place in the local file system; None for other URLs."""
+    for protocol in _LOCAL_PROTOCOLS:
+        if place.startswith(protocol):
+            return place[len(protocol) :]
+    return None if is_url(place) else place
+
+
+def storage_at(place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
+    """Return the storage of a folder, given by a path or a URL.
+
+    Parameters
+    ----------
+    options
+        For fsspec's file system, where the place is a URL that is not local.
+
+    Raises
+    ------
+    NotSupportedError
+        If there is no file system for the URL.
+    """
+    text = os.fspath(place)
+    path = local_path(text)
+    return LocalStorage(path) if path is not None else remote_storage(text, options)
+
+
+def remote_storage(url: str, options: Mapping[str, Any] | None = None) -> FsspecStorage:
+    """Return the storage of a URL.
+
+    Raises
+    ------
+    NotSupportedError
+        If fsspec is not installed, or has no file system for the URL.
+    """
+    try:
+        from shardpoint.storage.fsspec import FsspecStorage
+    except ImportError as error:
+        raise NotSupportedError(
+            f"cannot open {url!r}: URLs need the package fsspec (pip install 'shardpoint[cloud]')"
+        ) from error
+    return FsspecStorage.from_url(url, options)
