@@ -13,8 +13,17 @@ import numpy.typing as npt
 from shardpoint.dtypes import BY_CODE, DType
 from shardpoint.engine.reading import ReadRequest
 from shardpoint.engine.writing import ArraySource, RecordSource, write_files
-from shardpoint.formats.torch_record import TensorRecordLayout
-from shardpoint.index import CheckpointIndex, ChunkEntry, TensorEntry, build_index
+from shardpoint.formats.checksum import crc32
+from shardpoint.formats.torch_record import TensorRecordLayout, tensor_payload_from_bytes
+from shardpoint.index import (
+    UNKNOWN,
+    BlockChecksums,
+    CheckpointIndex,
+    ChunkEntry,
+    Payloads,
+    TensorEntry,
+    build_index,
+)
 from shardpoint.storage import Storage
 
 Array = npt.NDArray[Any]
@@ -91,11 +100,41 @@ def save(storage: Storage, arrays: Mapping[str, Array], chunks: Sequence[Chunk])
     )
 
 
+def with_payloads(index: CheckpointIndex, storage: Storage, *, block: int) -> CheckpointIndex:
+    """Return the index with what the records' headers say, and checksums of blocks."""
+    chunks = index.chunks
+    count = len(chunks)
+    payloads = Payloads(
+        offset=np.full(count, UNKNOWN, np.int64),
+        strides=np.zeros_like(chunks.sizes),
+        length=np.full(count, UNKNOWN, np.int64),
+        checksum=np.full(count, UNKNOWN, np.int64),
+        flags=np.zeros(count, np.uint8),
+    )
+    data = {name: storage.read(name) for name in index.files}
+    first, values = [0], []
+    for row in range(count):
+        file = data[index.files[chunks.file[row]]]
+        start, length = int(chunks.record_offset[row]), int(chunks.record_length[row])
+        record = file[start : start + length]
+        found = tensor_payload_from_bytes(record, start, file="f", key="k")
+        payloads.offset[row] = found.payload_offset
+        payloads.strides[row, : len(found.strides)] = found.strides
+        payloads.length[row] = found.payload_length
+        payloads.checksum[row] = UNKNOWN if found.checksum is None else found.checksum
+        payload = file[found.payload_offset : found.payload_offset + found.payload_length]
+        values += [crc32(payload[at : at + block]) for at in range(0, len(payload), block)]
+        first.append(len(values))
+    blocks = BlockChecksums(block, np.array(first, np.int64), np.array(values, np.uint32))
+    return replace(index, chunks=replace(chunks, payloads=payloads, blocks=blocks))
+
+
 class Sink:
     """A sink that notes what is done to it."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
+        self.is_dense = array.flags.c_contiguous
         self.asked = 0
         self.commits = 0
 

@@ -22,6 +22,11 @@ class NewArraySink:
         self._key = key
         self._raw: npt.NDArray[Any] | None = None
 
+    @property
+    def is_dense(self) -> bool:
+        """Always: new arrays are row-major."""
+        return True
+
     def memory(self) -> npt.NDArray[Any]:
         """Return the array as opaque elements.
 

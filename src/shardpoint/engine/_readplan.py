@@ -4,35 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shardpoint.engine._payload import Payload, Place, known_payload, place_of
-from shardpoint.engine.targets import ReadRequest, Target
+from shardpoint.engine.targets import ReadRequest
 from shardpoint.errors import PlanError, Problem, UnsafePathError
 from shardpoint.index import NO_FILE, CheckpointIndex
-from shardpoint.planning.intersect import Intersections, intersect
+from shardpoint.planning.intersect import intersect
 from shardpoint.planning.validate import find_problems, find_span_problems
+from shardpoint.region import contains
 from shardpoint.storage import Storage
 
-__all__ = ["ChunkWork", "Part", "plan_reads"]
+__all__ = ["ChunkWork", "Pairs", "Part", "Wanted", "plan_reads", "wanted_by", "works_of"]
 
 Int64Array = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """The regions that are wanted, in columns.
+
+    Attributes
+    ----------
+    tensor
+        ``int64[n]``: rows in `Tensors`.
+    offsets, sizes
+        ``int64[n, D]``, padded with 0 and 1 as the index's boxes are.
+    """
+
+    tensor: Int64Array
+    offsets: Int64Array
+    sizes: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
+class Pairs(NamedTuple):
+    """One row for each region and each chunk that has a part of it.
+
+    ``number`` int64[k] is the region's row in `Wanted`, ``chunk`` the chunk's in `Chunks`;
+    ``offsets``, ``sizes`` int64[k, D] are the part, in the tensor's coordinates.
+    """
+
+    number: Int64Array
+    chunk: Int64Array
+    offsets: Int64Array
+    sizes: Int64Array
+
+    def take(self, rows: Int64Array) -> Pairs:
+        """Return some of the rows."""
+        return Pairs(*(column[rows] for column in self))
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The box, in the tensor's coordinates, that one request wants of one chunk."""
+    """The box, in the tensor's coordinates, that one region takes of one chunk.
 
-    target: Target
+    `number` is the region's, `origin` where it begins in the tensor.
+    """
+
+    number: int
+    origin: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def start_in(self, place: Place) -> tuple[int, ...]:
         """Return where the box begins in the chunk."""
         return tuple(a - b for a, b in zip(self.offsets, place.offsets, strict=True))
+
+    def box(self) -> tuple[slice, ...]:
+        """Return the part of the region's memory that it fills."""
+        return tuple(
+            slice(offset - origin, offset - origin + size)
+            for offset, origin, size in zip(self.offsets, self.origin, self.sizes, strict=True)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -45,68 +94,98 @@ class ChunkWork:
 
     @property
     def is_wanted_whole(self) -> bool:
-        """Whether some request takes all of it."""
+        """Whether some region takes all of it."""
         return any(part.sizes == self.place.sizes for part in self.parts)
 
 
-def plan_reads(
-    index: CheckpointIndex, storage: Storage, requests: Sequence[ReadRequest]
-) -> tuple[list[ChunkWork], list[Target]]:
-    """Return the chunks to read, in the order of files and offsets; and the empty targets.
+def wanted_by(index: CheckpointIndex, requests: Sequence[ReadRequest]) -> Wanted:
+    """Return requests as columns.
 
     Raises
     ------
     PlanError
-        With every problem that the requests, or the tensors they name, have.
-    FormatError
-        If a payload that the index gives is not inside its record.
-    UnsafePathError, StorageError
+        If a request has not as many numbers as its tensor has axes, or names no tensor.
     """
-    rows = _check_requests(index, requests)
-    chunk_rows = _chunks_of(index, rows)
-    _check_tensors(index, storage, rows, chunk_rows)
-    pairs = _pairs(index, requests, chunk_rows)
-    _check_files(index, storage, np.unique(chunk_rows[pairs.b]))
-    counts = np.bincount(pairs.a, minlength=len(requests)).tolist()
-    targets = [
-        Target(
-            request,
-            index.tensors.keys[request.tensor],
-            index.tensors.dtype_of(request.tensor),
-            count,
-        )
-        for request, count in zip(requests, counts, strict=True)
-    ]
-    _check_covered(index, requests, pairs)
-    empty = [target for target, count in zip(targets, counts, strict=True) if not count]
-    return _works(index, targets, pairs, chunk_rows), empty
-
-
-def _check_requests(index: CheckpointIndex, requests: Sequence[ReadRequest]) -> Int64Array:
-    """Return the rows of the tensors that are asked for."""
+    axes = index.tensors.shape.shape[1]
+    offsets = np.zeros((len(requests), axes), np.int64)
+    sizes = np.ones((len(requests), axes), np.int64)
+    tensor = np.zeros(len(requests), np.int64)
     problems = []
-    for request in requests:
+    for i, request in enumerate(requests):
         if not 0 <= request.tensor < len(index.tensors):
             problems.append(Problem(f"there is no tensor of row {request.tensor}"))
             continue
-        shape = index.tensors.shape_of(request.tensor)
-        if any(size < 0 for size in shape):
-            message = f"the shape {shape} has a negative number"
-            problems.append(Problem(message, index.tensors.keys[request.tensor]))
-            continue
-        fits = len(request.offsets) == len(request.sizes) == len(shape) and all(
-            offset >= 0 and size >= 0 and offset + size <= length
-            for offset, size, length in zip(request.offsets, request.sizes, shape, strict=True)
-        )
-        if not fits:
-            message = (
-                f"the region at {list(request.offsets)} of sizes {list(request.sizes)} is not "
-                f"inside the shape {list(shape)}"
-            )
-            problems.append(Problem(message, index.tensors.keys[request.tensor]))
+        rank = int(index.tensors.ndim[request.tensor])
+        tensor[i] = request.tensor
+        if len(request.offsets) == len(request.sizes) == rank:
+            offsets[i, :rank] = request.offsets
+            sizes[i, :rank] = request.sizes
+        else:
+            problems.append(_outside(index, request.tensor, request.offsets, request.sizes))
+    wanted = Wanted(tensor, offsets, sizes)
     if problems:
-        raise PlanError("what is wanted is not in the checkpoint", problems)
-    return np.unique(np.array([request.tensor for request in requests], np.int64))
+        raise PlanError(_NOT_THERE, [*problems, *_region_problems(index, wanted)])
+    return wanted
+
+
+def plan_reads(index: CheckpointIndex, storage: Storage, wanted: Wanted) -> Pairs:
+    """Return which parts of which chunks make up the regions.
+
+    Raises
+    ------
+    PlanError
+        With every problem that the regions, or the tensors they name, have.
+    UnsafePathError, StorageError
+    """
+    problems = _region_problems(index, wanted)
+    if problems:
+        raise PlanError(_NOT_THERE, problems)
+    rows = np.unique(wanted.tensor)
+    chunk_rows = _chunks_of(index, rows)
+    _check_tensors(index, storage, rows, chunk_rows)
+    found = intersect(
+        wanted.tensor,
+        wanted.offsets,
+        wanted.sizes,
+        index.chunks.tensor[chunk_rows],
+        index.chunks.offsets[chunk_rows],
+        index.chunks.sizes[chunk_rows],
+    )
+    pairs = Pairs(found.a, chunk_rows[found.b], found.offsets, found.sizes)
+    _check_files(index, storage, np.unique(pairs.chunk))
+    _check_covered(index, wanted, pairs)
+    return pairs
+
+
+_NOT_THERE = "what is wanted is not in the checkpoint"
+
+
+def _region_problems(index: CheckpointIndex, wanted: Wanted) -> list[Problem]:
+    """Return what is wrong with the regions, or with the shapes of their tensors."""
+    shape = index.tensors.shape[wanted.tensor]
+    negative: npt.NDArray[np.bool_] = np.any(shape < 0, axis=1)
+    wrong = negative | ~contains(shape, wanted.offsets, wanted.sizes)
+    problems = []
+    for i in np.flatnonzero(wrong).tolist():
+        row = int(wanted.tensor[i])
+        if negative[i]:
+            message = f"the shape {index.tensors.shape_of(row)} has a negative number"
+            problems.append(Problem(message, index.tensors.keys[row]))
+        else:
+            rank = int(index.tensors.ndim[row])
+            box = wanted.offsets[i, :rank].tolist(), wanted.sizes[i, :rank].tolist()
+            problems.append(_outside(index, row, *box))
+    return problems
+
+
+def _outside(
+    index: CheckpointIndex, row: int, offsets: Sequence[int], sizes: Sequence[int]
+) -> Problem:
+    message = (
+        f"the region at {list(offsets)} of sizes {list(sizes)} is not inside the shape "
+        f"{list(index.tensors.shape_of(row))}"
+    )
+    return Problem(message, index.tensors.keys[row])
 
 
 def _chunks_of(index: CheckpointIndex, rows: Int64Array) -> Int64Array:
@@ -160,67 +239,41 @@ def _damaged(storage: Storage, problems: Sequence[Problem]) -> PlanError:
     return PlanError(f"the checkpoint at {storage.location!r} is damaged", problems)
 
 
-def _pairs(
-    index: CheckpointIndex, requests: Sequence[ReadRequest], chunk_rows: Int64Array
-) -> Intersections:
-    axes = index.tensors.shape.shape[1]
-    offsets = np.zeros((len(requests), axes), np.int64)
-    sizes = np.ones((len(requests), axes), np.int64)
-    for i, request in enumerate(requests):
-        offsets[i, : len(request.offsets)] = request.offsets
-        sizes[i, : len(request.sizes)] = request.sizes
-    return intersect(
-        np.array([request.tensor for request in requests], np.int64),
-        offsets,
-        sizes,
-        index.chunks.tensor[chunk_rows],
-        index.chunks.offsets[chunk_rows],
-        index.chunks.sizes[chunk_rows],
-    )
-
-
-def _check_covered(
-    index: CheckpointIndex, requests: Sequence[ReadRequest], pairs: Intersections
-) -> None:
+def _check_covered(index: CheckpointIndex, wanted: Wanted, pairs: Pairs) -> None:
     """Check that every wanted element comes, whatever went wrong before."""
-    found = np.zeros(len(requests), np.int64)
-    np.add.at(found, pairs.a, pairs.sizes.prod(axis=1))
+    found = np.zeros(len(wanted), np.int64)
+    np.add.at(found, pairs.number, pairs.sizes.prod(axis=1))
+    needed = wanted.sizes.prod(axis=1)
     problems = [
         Problem(
-            f"{prod(request.sizes)} elements are wanted, the chunks give {count}",
-            index.tensors.keys[request.tensor],
+            f"{int(needed[i])} elements are wanted, the chunks give {int(found[i])}",
+            index.tensors.keys[int(wanted.tensor[i])],
         )
-        for request, count in zip(requests, found.tolist(), strict=True)
-        if prod(request.sizes) != count
+        for i in np.flatnonzero(found != needed).tolist()
     ]
     if problems:
         raise PlanError("the stored chunks do not give what is wanted", problems)
 
 
-def _works(
-    index: CheckpointIndex,
-    targets: Sequence[Target],
-    pairs: Intersections,
-    chunk_rows: Int64Array,
-) -> list[ChunkWork]:
-    chunk_of_pair = chunk_rows[pairs.b]
+def works_of(index: CheckpointIndex, wanted: Wanted, pairs: Pairs) -> list[ChunkWork]:
+    """Return the chunks of some pairs as values, in the order of files and offsets.
+
+    Raises
+    ------
+    FormatError
+        If a payload that the index gives is not inside its record.
+    """
     chunks = index.chunks
-    order = np.lexsort(
-        (chunk_of_pair, chunks.record_offset[chunk_of_pair], chunks.file[chunk_of_pair])
-    )
+    order = np.lexsort((pairs.chunk, chunks.record_offset[pairs.chunk], chunks.file[pairs.chunk]))
+    pairs = pairs.take(order)
     works: list[ChunkWork] = []
-    rows = zip(
-        pairs.a[order].tolist(),
-        chunk_of_pair[order].tolist(),
-        pairs.offsets[order].tolist(),
-        pairs.sizes[order].tolist(),
-        strict=True,
-    )
-    for request, chunk, offsets, sizes in rows:
+    origins = wanted.offsets[pairs.number].tolist()
+    columns = (column.tolist() for column in pairs)
+    for number, chunk, offsets, sizes, origin in zip(*columns, origins, strict=True):
         if not works or works[-1].place.chunk != chunk:
             place = place_of(index, chunk)
             works.append(ChunkWork(place, known_payload(index, place)))
         axes = len(works[-1].place.sizes)
-        part = Part(targets[request], tuple(offsets[:axes]), tuple(sizes[:axes]))
+        part = Part(number, tuple(origin[:axes]), tuple(offsets[:axes]), tuple(sizes[:axes]))
         works[-1].parts.append(part)
     return works

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardpoint.dtypes import DType
+from shardpoint.engine._blocks import Blocks
 from shardpoint.engine._files import BufferPool, CountedFile
 from shardpoint.engine._geometry import Numbers, extent, split_box
 from shardpoint.engine._payload import Payload, Place
@@ -28,6 +29,7 @@ BUFFER = 4 << 20
 """Bytes of the buffer that elements on their way to strided memory go through."""
 
 _VECTOR = 512  # runs in one call
+_CHECKED_RATIO = 0.5  # what may be read beside strided parts to check them, for each byte
 _NOT_NEGATED = frozenset(
     {"bool", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"}
 )
@@ -42,6 +44,7 @@ def read_box(
     buffers: BufferPool,
     gap_ratio: float,
     checksum: bool,
+    blocks: Blocks | None,
 ) -> int:
     """Read a box whose elements the payload holds in row-major order, perhaps with gaps.
 
@@ -57,19 +60,23 @@ def read_box(
         How many bytes nobody asked for may be read between rows, for each one asked for.
     checksum
         Whether to return the CRC-32 of the bytes, in the payload's order.
+    blocks
+        What to check instead: all that is read, where reading whole blocks is affordable.
     """
     itemsize = into.dtype.itemsize
     if into.flags.c_contiguous:
         runs = byte_runs(payload.strides, itemsize, offsets, into.shape)
         dense = into.reshape(-1).view(np.uint8).data
-        return _read_dense(file, payload.offset, runs, dense, gap_ratio, 0, checksum)
+        return _read_dense(file, payload.offset, runs, dense, gap_ratio, 0, checksum, blocks)
     found = 0
     with buffers.take() as buffer:
         for start, sizes in split_box(into.shape, BUFFER // itemsize):
             at = tuple(map(add, offsets, start))
             runs = byte_runs(payload.strides, itemsize, at, sizes)
             dense = buffer[: prod(sizes) * itemsize]
-            found = _read_dense(file, payload.offset, runs, dense, gap_ratio, found, checksum)
+            found = _read_dense(
+                file, payload.offset, runs, dense, gap_ratio, found, checksum, blocks
+            )
             box = tuple(slice(o, o + n) for o, n in zip(start, sizes, strict=True))
             np.copyto(into[box], np.frombuffer(dense, into.dtype).reshape(sizes))
     return found
@@ -83,14 +90,21 @@ def _read_dense(
     gap_ratio: float,
     before: int,
     checksum: bool,
+    blocks: Blocks | None,
 ) -> int:
     """Fill `dense` with runs; return the CRC-32 that continues `before`."""
+    if blocks is not None and _read_checked(file, runs, dense, blocks):
+        return 0
     if len(runs.starts) != 1:
         _read_runs(file, base, runs, dense, int(gap_ratio * len(dense)))
+        if blocks is not None:
+            _check_inside(runs, dense, blocks)
         return crc32(dense, before) if checksum else 0
     offset = base + int(runs.starts[0])
     if not checksum:
         file.read_into(offset, [dense])
+        if blocks is not None:
+            blocks.check(dense, int(runs.starts[0]))
         return 0
     found = before
     for start in range(0, len(dense), _BLOCK):
@@ -98,6 +112,45 @@ def _read_dense(
         file.read_into(offset + start, [block])
         found = crc32(block, found)
     return found
+
+
+def _read_checked(file: CountedFile, runs: Runs, dense: memoryview, blocks: Blocks) -> bool:
+    """Read all blocks that the runs touch, check them, and copy the runs out of them.
+
+    Returns False, having read nothing, where that is not affordable.
+    """
+    size = blocks.size
+    first = runs.starts - runs.starts % size
+    last = np.minimum(-(-(runs.starts + runs.lengths) // size) * size, blocks.end)
+    spans = coalesce(first, last - first, gap_budget_bytes=0)
+    surplus = int(spans.lengths.sum()) - len(dense)
+    if not blocks.affordable(len(dense), surplus, _CHECKED_RATIO):
+        return False
+    step = max(BUFFER - BUFFER % size, size)
+    starts, stops = runs.starts.tolist(), (runs.starts + runs.lengths).tolist()
+    run = position = 0
+    for begin, length in zip(spans.starts.tolist(), spans.lengths.tolist(), strict=True):
+        for at in range(begin, begin + length, step):
+            end = min(at + step, begin + length)
+            data = memoryview(bytearray(end - at))
+            file.read_into(blocks.origin + at, [data])
+            blocks.check(data, at)
+            while run < len(starts) and starts[run] < end:
+                start, stop = max(starts[run], at), min(stops[run], end)
+                dense[position : position + stop - start] = data[start - at : stop - at]
+                position += stop - start
+                if stops[run] > end:
+                    break
+                run += 1
+    return True
+
+
+def _check_inside(runs: Runs, dense: memoryview, blocks: Blocks) -> None:
+    """Compare the blocks that lie whole in single runs."""
+    positions = np.cumsum(runs.lengths) - runs.lengths
+    for run in np.flatnonzero(runs.lengths >= min(blocks.size, blocks.end)).tolist():
+        position, length = int(positions[run]), int(runs.lengths[run])
+        blocks.check(dense[position : position + length], int(runs.starts[run]))
 
 
 def _read_runs(
@@ -131,13 +184,23 @@ def _largest_gap(runs: Runs, budget: int) -> int:
     return int(gaps[gaps <= budget].max(initial=0))
 
 
-def read_extent(file: CountedFile, payload: Payload, offsets: Numbers, into: AnyArray) -> None:
-    """Read a box of a payload with any strides: all bytes from its first element to its last."""
+def read_extent(
+    file: CountedFile, payload: Payload, offsets: Numbers, into: AnyArray, blocks: Blocks | None
+) -> None:
+    """Read a box of a payload with any strides: all bytes from its first element to its last.
+
+    With `blocks`, up to the borders of these, or as far as that is affordable.
+    """
     itemsize = into.dtype.itemsize
-    start = payload.offset + itemsize * _position(offsets, payload.strides)
-    data = bytearray(extent(into.shape, payload.strides) * itemsize)
-    file.read_into(start, [memoryview(data)])
-    np.copyto(into, _view(memoryview(data), 0, into.shape, payload.strides, into.dtype))
+    start = first = itemsize * _position(offsets, payload.strides)
+    stop = start + extent(into.shape, payload.strides) * itemsize
+    if blocks is not None:
+        first, stop = blocks.widen(start, stop, _CHECKED_RATIO)
+    data = memoryview(bytearray(stop - first))
+    file.read_into(payload.offset + first, [data])
+    if blocks is not None:
+        blocks.check(data, first)
+    np.copyto(into, _view(data, start - first, into.shape, payload.strides, into.dtype))
 
 
 def copy_from_memory(

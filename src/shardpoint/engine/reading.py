@@ -11,17 +11,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from math import prod
 from operator import add
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from shardpoint.dtypes import BY_CODE
+from shardpoint.engine._blocks import blocks_of, damaged
 from shardpoint.engine._checksums import PiecewiseChecksum
+from shardpoint.engine._dense import DenseReader
 from shardpoint.engine._files import BufferPool, OpenFiles
 from shardpoint.engine._geometry import Numbers, extent, pick, split_box, split_extent
 from shardpoint.engine._geometry import storage_order as order_of
 from shardpoint.engine._payload import Payload, Place, from_record
-from shardpoint.engine._readplan import ChunkWork, Part, plan_reads
+from shardpoint.engine._readplan import ChunkWork, Part, Wanted, plan_reads, wanted_by, works_of
 from shardpoint.engine._resolve import resolve_tasks
+from shardpoint.engine._segments import find_segments
 from shardpoint.engine._transfer import (
     BUFFER,
     apply_flags,
@@ -31,7 +39,14 @@ from shardpoint.engine._transfer import (
 )
 from shardpoint.engine.executor import run_tasks
 from shardpoint.engine.objects import read_object
-from shardpoint.engine.targets import ArraySink, ReadRequest, TensorSink
+from shardpoint.engine.targets import (
+    ArraySink,
+    Progress,
+    ReadRequest,
+    RequestTargets,
+    Targets,
+    TensorSink,
+)
 from shardpoint.formats.checksum import crc32
 from shardpoint.index import UNKNOWN, CheckpointIndex, Container
 from shardpoint.storage import Storage
@@ -41,8 +56,11 @@ __all__ = [
     "ArraySink",
     "ReadRequest",
     "ReadStatistics",
+    "Targets",
     "TensorSink",
+    "Wanted",
     "read_object",
+    "read_regions",
     "read_tensors",
 ]
 
@@ -95,12 +113,17 @@ def read_tensors(
     for its memory; so are the headers of all records that are not read whole. After an
     error, sinks may hold some elements, and some may have been committed.
 
+    Where the index says where elements lie, no header is read, nor checked.
+
     Parameters
     ----------
     threads
         How many pieces may be read at once.
     verify
-        Whether to compare the checksums of chunks that are read whole.
+        Whether to compare checksums: of chunks that are read whole, and where the index has
+        them by blocks, of all blocks that are read. A part of a chunk is read up to the borders
+        of its blocks, so that all of it is checked, unless that costs more than 128 KiB and
+        more than `gap_ratio` of it (for parts in many runs: half of it).
     gap_ratio
         How many bytes nobody wants may be read to save calls, for each wanted one.
 
@@ -116,23 +139,50 @@ def read_tensors(
     UnsafePathError, NotSupportedError, LimitExceededError, StorageError
         And whatever a sink raises.
     """
+    return read_regions(
+        index,
+        storage,
+        wanted_by(index, requests),
+        RequestTargets(index, requests),
+        threads=threads,
+        verify=verify,
+        gap_ratio=gap_ratio,
+    )
+
+
+def read_regions(
+    index: CheckpointIndex,
+    storage: Storage,
+    wanted: Wanted,
+    targets: Targets,
+    *,
+    threads: int,
+    verify: bool,
+    gap_ratio: float,
+) -> ReadStatistics:
+    """Fill regions that are given in columns; all else as `read_tensors` does."""
     started = time.perf_counter()
-    works, empty = plan_reads(index, storage, requests)
+    pairs = plan_reads(index, storage, wanted)
+    segments, taken = find_segments(index, wanted, pairs, targets.dense())
+    works = works_of(index, wanted, pairs.take(np.flatnonzero(~taken)))
+    progress = Progress(np.bincount(pairs.number, minlength=len(wanted)), targets)
     with OpenFiles(storage) as files:
-        operation = _Operation(files, verify=verify, gap_ratio=gap_ratio)
+        operation = _Operation(index, files, targets, progress, verify=verify, gap_ratio=gap_ratio)
+        reader = DenseReader(
+            index, files, segments, targets, progress, verify=verify, gap_ratio=gap_ratio
+        )
         unresolved = [work for work in works if not _is_simple(work)]
         run_tasks(resolve_tasks(files, unresolved), threads=threads, name=_NAME)
         operation.metadata_bytes = files.bytes_read
-        run_tasks(operation.tasks(works), threads=threads, name=_NAME)
-    for target in empty:
-        target.request.sink.commit()
+        tasks = chain(reader.tasks(), operation.tasks(works))
+        run_tasks(tasks, threads=threads, name=_NAME)
+    progress.commit_empty()
+    itemsizes = np.array([dtype.itemsize for dtype in BY_CODE], np.int64)
+    itemsize = itemsizes[index.tensors.dtype[wanted.tensor]]
     return ReadStatistics(
         bytes_read=files.bytes_read,
-        payload_bytes=sum(
-            prod(request.sizes) * index.tensors.dtype_of(request.tensor).itemsize
-            for request in requests
-        ),
-        metadata_bytes=operation.metadata_bytes,
+        payload_bytes=int((wanted.sizes.prod(axis=1) * itemsize).sum()),
+        metadata_bytes=operation.metadata_bytes + reader.metadata_bytes,
         reads=files.reads,
         seconds=time.perf_counter() - started,
     )
@@ -163,8 +213,20 @@ def _span(work: ChunkWork) -> tuple[int, int]:
 class _Operation:
     """One read: what its tasks share."""
 
-    def __init__(self, files: OpenFiles, *, verify: bool, gap_ratio: float) -> None:
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        files: OpenFiles,
+        targets: Targets,
+        progress: Progress,
+        *,
+        verify: bool,
+        gap_ratio: float,
+    ) -> None:
+        self.index = index
         self.files = files
+        self.targets = targets
+        self.progress = progress
         self.verify = verify
         self.gap_ratio = gap_ratio
         self.buffers = BufferPool(BUFFER)
@@ -212,6 +274,7 @@ class _Operation:
         with self.files.use(place.file) as file:
             stored = memoryview(bytearray(place.record_length))
             file.read_into(place.record_offset, [stored])
+        self._check_record(place, stored)
         known = work.payload
         most = prod(place.sizes) * place.dtype.itemsize
         if known is not None:
@@ -233,6 +296,17 @@ class _Operation:
             )
         self._give(work, known, record, 0)
 
+    def _check_record(self, place: Place, stored: memoryview) -> None:
+        """Compare a whole record with its checksum, where the index has one."""
+        checksums = self.index.chunks.record_checksum
+        if not self.verify or checksums is None or checksums[place.chunk] == UNKNOWN:
+            return
+        wanted, found = int(checksums[place.chunk]), crc32(stored)
+        if found != wanted:
+            start = place.record_offset
+            stop = start + place.record_length
+            damaged(self.index, place.chunk, start=start, stop=stop, wanted=wanted, found=found)
+
     def _give(self, work: ChunkWork, payload: Payload, record: memoryview, base: int) -> None:
         """Check a record that is in memory, and copy its parts to where they belong."""
         place = work.place
@@ -240,9 +314,15 @@ class _Operation:
             start = payload.offset - base
             payload.compare(place, crc32(record[start : start + payload.length]))
         for part in work.parts:
-            into = part.target.region(part.offsets, part.sizes)
+            into = self.memory(part)
             copy_from_memory(record, base, place, payload, part.start_in(place), into)
-            part.target.finish_part()
+        self.progress.finish([part.number for part in work.parts])
+
+    def memory(self, part: Part) -> npt.NDArray[Any]:
+        """Return the memory that a part fills."""
+        box: tuple[Any, ...] = (*part.box(), ...)
+        memory: npt.NDArray[Any] = self.targets.memory(part.number)[box]
+        return memory
 
 
 def _reader(data: memoryview, base: int) -> Callable[[int, int], bytes]:
@@ -318,6 +398,9 @@ class _PartRead:
             and prod(part.sizes) * itemsize == payload.length
             and extent(part.sizes, payload.strides) == prod(part.sizes)
         )
+        self._blocks = None
+        if operation.verify and not self._is_checked:
+            self._blocks = blocks_of(operation.index, place.chunk)
         self._checksum = PiecewiseChecksum([prod(size) * itemsize for _, size in self._pieces])
 
     def tasks(self) -> Iterator[_Task]:
@@ -326,7 +409,7 @@ class _PartRead:
 
     def _read_piece(self, number: int) -> None:
         offsets, sizes = self._pieces[number]
-        region = self._part.target.region(self._part.offsets, self._part.sizes)
+        region = self._operation.memory(self._part)
         box: tuple[Any, ...] = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
         into = region.transpose(self._order)[(*box, ...)]
         start = tuple(map(add, self._start, offsets))
@@ -341,11 +424,12 @@ class _PartRead:
                     buffers=self._operation.buffers,
                     gap_ratio=self._operation.gap_ratio,
                     checksum=self._is_checked,
+                    blocks=self._blocks,
                 )
             else:
-                read_extent(file, self._payload, start, into)
+                read_extent(file, self._payload, start, into, self._blocks)
         apply_flags(into, self._place, self._payload.flags)
         if self._checksum.put(number, found):
             if self._is_checked:
                 self._payload.compare(self._place, self._checksum.combined())
-            self._part.target.finish_part()
+            self._operation.progress.finish([self._part.number])

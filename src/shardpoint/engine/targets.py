@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from shardpoint.dtypes import DType
 from shardpoint.errors import PlanError
+from shardpoint.index import CheckpointIndex
+from shardpoint.storage import Buffer
 
-__all__ = ["ArraySink", "ReadRequest", "Target", "TensorSink"]
+__all__ = ["ArraySink", "Progress", "ReadRequest", "RequestTargets", "Targets", "TensorSink"]
 
 AnyArray: TypeAlias = npt.NDArray[Any]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 
 class TensorSink(Protocol):
-    """Takes the elements of one region of a tensor. Both calls may come in any thread."""
+    """Takes the elements of one region of a tensor. Both calls may come in any thread.
+
+    A sink whose memory is row-major in any case may say so by an attribute ``is_dense``: then
+    large regions are read into it in pieces side by side and small ones with their neighbours.
+    """
 
     def memory(self) -> AnyArray:
         """Return writable memory of the region's sizes, in the stored dtype's `DType.raw`.
 
         Any strides will do; row-major is fastest. Called at most once, when the first bytes
-        are there to be put in, and never for an empty region.
+        are about to be put in, and never for an empty region.
         """
         ...
 
@@ -44,6 +51,11 @@ class ArraySink:
 
     def __init__(self, array: AnyArray) -> None:
         self._array = array
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the array is row-major."""
+        return self._array.flags.c_contiguous
 
     def memory(self) -> AnyArray:
         """Return the array as raw elements."""
@@ -73,53 +85,113 @@ class ReadRequest:
     sink: TensorSink
 
 
-class Target:
-    """A request on its way: its memory, and how many parts are still to come."""
+class Targets(Protocol):
+    """Where many regions go, each known by its number. Calls may come in any thread.
 
-    __slots__ = ("_lock", "_memory", "_missing", "dtype", "key", "request")
+    All memory stays the caller's, and stays where it is until its region is committed.
+    """
 
-    def __init__(self, request: ReadRequest, key: str, dtype: DType, parts: int) -> None:
-        self.request = request
-        self.key = key
-        self.dtype = dtype
+    def dense(self) -> npt.NDArray[np.bool_]:
+        """Return ``bool[n]``: whether `buffers` gives a region's memory."""
+        ...
+
+    def buffers(self, numbers: Sequence[int]) -> list[Buffer]:
+        """Return the memory of dense regions as bytes, row-major; each time the same memory.
+
+        Never called for an empty region.
+        """
+        ...
+
+    def memory(self, number: int) -> AnyArray:
+        """Return the memory of any region as `TensorSink` does; each time the same memory."""
+        ...
+
+    def commit(self, numbers: Sequence[int]) -> None:
+        """Called once for each region, when its elements are all in and have been checked."""
+        ...
+
+
+class RequestTargets:
+    """The sinks of requests as `Targets`."""
+
+    def __init__(self, index: CheckpointIndex, requests: Sequence[ReadRequest]) -> None:
+        self._index = index
+        self._requests = requests
         self._lock = threading.Lock()
-        self._memory: AnyArray | None = None
-        self._missing = parts
+        self._memory: dict[int, AnyArray] = {}
 
-    def region(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> AnyArray:
-        """Return the memory for a box given in the tensor's coordinates.
+    def dense(self) -> npt.NDArray[np.bool_]:
+        """Return what the sinks say of themselves."""
+        return np.array(
+            [getattr(request.sink, "is_dense", False) for request in self._requests], np.bool_
+        )
+
+    def buffers(self, numbers: Sequence[int]) -> list[Buffer]:
+        """Return the sinks' memory as bytes."""
+        return [self.memory(number).reshape(-1).view(np.uint8).data for number in numbers]
+
+    def memory(self, number: int) -> AnyArray:
+        """Return the memory that a sink gave.
 
         Raises
         ------
         PlanError
-            If the sink's memory is not what was asked for.
+            If it is not what was asked for.
         """
-        memory = self._whole()
-        box: tuple[Any, ...] = tuple(
-            slice(offset - origin, offset - origin + size)
-            for offset, origin, size in zip(offsets, self.request.offsets, sizes, strict=True)
-        )
-        return memory[(*box, ...)]
-
-    def finish_part(self) -> None:
-        """Note that one part is in and checked; commit with the last one."""
         with self._lock:
-            self._missing -= 1
-            last = self._missing == 0
-        if last:
-            self.request.sink.commit()
-
-    def _whole(self) -> AnyArray:
-        with self._lock:
-            if self._memory is None:
-                memory = self.request.sink.memory()
-                if memory.shape != self.request.sizes or memory.dtype != self.dtype.raw:
+            memory = self._memory.get(number)
+            if memory is None:
+                request = self._requests[number]
+                memory = request.sink.memory()
+                raw = self._index.tensors.dtype_of(request.tensor).raw
+                if memory.shape != request.sizes or memory.dtype != raw:
                     raise PlanError(
-                        f"key {self.key!r}: the sink gave memory of shape {memory.shape} and "
-                        f"dtype {memory.dtype}, wanted {self.request.sizes} and {self.dtype.raw}"
+                        f"key {self._index.tensors.keys[request.tensor]!r}: the sink gave memory "
+                        f"of shape {memory.shape} and dtype {memory.dtype}, wanted "
+                        f"{request.sizes} and {raw}"
                     )
-                self._memory = memory
-            return self._memory
+                self._memory[number] = memory
+            return memory
+
+    def commit(self, numbers: Sequence[int]) -> None:
+        """Commit the sinks, and let go of their memory."""
+        for number in numbers:
+            self._memory.pop(number, None)
+            self._requests[number].sink.commit()
+
+
+class Progress:
+    """Counts the parts that are still to come of each region; commits with the last one.
+
+    Parameters
+    ----------
+    parts
+        ``int64[n]``: how many parts each region has.
+    """
+
+    def __init__(self, parts: Int64Array, targets: Targets) -> None:
+        self._missing: list[int] = parts.tolist()
+        self._empty: list[int] = np.flatnonzero(parts == 0).tolist()
+        self._targets = targets
+        self._lock = threading.Lock()
+
+    def commit_empty(self) -> None:
+        """Commit the regions that have no parts."""
+        if self._empty:
+            self._targets.commit(self._empty)
+
+    def finish(self, numbers: Sequence[int]) -> None:
+        """Note that one part of each of these regions is in and checked."""
+        missing = self._missing
+        done = []
+        with self._lock:
+            for number in numbers:
+                left = missing[number] - 1
+                missing[number] = left
+                if not left:
+                    done.append(number)
+        if done:
+            self._targets.commit(done)
 
 
 def _raw_of(itemsize: int) -> np.dtype[np.generic]:
