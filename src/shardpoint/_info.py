@@ -9,6 +9,7 @@ import numpy as np
 
 from shardpoint.dtypes import dtype_named
 from shardpoint.index import NO_FILE, UNKNOWN, CheckpointIndex
+from shardpoint.sharding import Layout, layout_of
 
 __all__ = ["ChunkInfo", "ObjectInfo", "Path", "TensorInfo", "object_info", "tensor_info"]
 
@@ -63,6 +64,9 @@ class TensorInfo:
         As it was saved; it changes nothing in reading.
     chunks
         Its stored pieces, in saved order.
+    layout
+        How it was sharded, as far as the pieces tell: ``str(layout)`` is ``"Shard(0) over 8"``,
+        ``"grid 2 x 4"``, or names the boxes.
     """
 
     key: str
@@ -72,6 +76,7 @@ class TensorInfo:
     nbytes: int
     requires_grad: bool
     chunks: tuple[ChunkInfo, ...]
+    layout: Layout
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
@@ -150,6 +155,7 @@ def tensor_info(index: CheckpointIndex, row: int) -> TensorInfo:
         nbytes=nbytes,
         requires_grad=bool(tensors.requires_grad[row]),
         chunks=tuple(described),
+        layout=layout_of(shape, chunks.offsets[first:last, :axes], chunks.sizes[first:last, :axes]),
     )
 
 

@@ -99,6 +99,7 @@ class ConsoleOutput:
                 ("shape", sizes_text(facts.shape)),
                 ("bytes", with_unit(facts.nbytes)),
                 ("requires grad", "yes" if facts.requires_grad else "no"),
+                ("layout", facts.layout),
                 ("chunks", f"{len(facts.chunks):,}"),
             )
             self._chunks(facts.chunks)

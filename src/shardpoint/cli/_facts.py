@@ -102,6 +102,7 @@ class TensorFacts:
     shape: tuple[int, ...]
     nbytes: int
     requires_grad: bool
+    layout: str
     chunks: tuple[ChunkInfo, ...]
 
 
@@ -206,6 +207,7 @@ def gather_key(checkpoint: Checkpoint, key: str) -> TensorFacts | ObjectFacts:
             shape=info.shape,
             nbytes=info.nbytes,
             requires_grad=info.requires_grad,
+            layout=str(info.layout),
             chunks=info.chunks,
         )
     return _object_facts(checkpoint, info)

@@ -14,6 +14,7 @@ from shardpoint.dcp.metadata import (
     Metadata,
     TensorStorageMetadata,
 )
+from shardpoint.dcp.optimizer import load_sharded_optimizer_state_dict
 from shardpoint.dcp.planner import (
     LoadPlan,
     LoadPlanner,
@@ -50,6 +51,7 @@ __all__ = [
     "TensorStorageMetadata",
     "WriteItem",
     "load",
+    "load_sharded_optimizer_state_dict",
     "load_state_dict",
     "save",
     "save_state_dict",
