@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from engine_support import Array, Sink, grid, request, save, sink_of, with_paylo
 from shardpoint.dtypes import BY_CODE
 from shardpoint.engine.reading import ReadRequest, read_tensors
 from shardpoint.errors import CorruptionError
+from shardpoint.index import CheckpointIndex
 from shardpoint.storage import LocalStorage
 from shardpoint.storage.testing import CountingStorage
+from shardpoint.transforms import ShuffleZstd, Tally
 
 _SPARE = 128 << 10  # what may be read beside a part to check all of it
 
@@ -193,3 +196,42 @@ def test_half_of_the_neighbours(tmp_path: Path) -> None:
     assert storage.calls["read"] == 30
     for read, i in zip(reads, range(0, 60, 2), strict=True):
         _same(sink_of(read).array, arrays[f"k{i}"])
+
+
+def _encoded(place: LocalStorage, index: CheckpointIndex, transform: ShuffleZstd) -> Any:
+    """Rewrite the one record of an index in independent frames."""
+    data = place.read(index.files[0])
+    pieces = transform.stream(4).encode([data], frame_map=map)
+    place.remove(index.files[0])
+    place.replace(index.files[0], encoded := b"".join(pieces), sync=False)
+    chunks = replace(
+        index.chunks,
+        transform=np.array([1], np.int16),
+        record_length=np.array([len(encoded)], np.int64),
+    )
+    return replace(index, chunks=chunks, transforms=[(), ("stream.shuffle-zstd@shardpoint/1",)])
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("box", [((512, 0), (128, 1000)), ((0, 0), (1024, 1000))])
+def test_a_slice_of_a_framed_chunk_decodes_the_frames_it_needs(
+    tmp_path: Path, known: bool, box: Any
+) -> None:
+    array = np.arange(1024 * 1000, dtype=np.float32).reshape(1024, 1000)
+    place = LocalStorage(tmp_path)
+    saved = save(place, {"x": array}, grid("x", array.shape, [[], []], files=["f"]))
+    index = _encoded(place, with_payloads(saved, place, block=64 << 10), ShuffleZstd())
+    if not known:
+        index = replace(index, chunks=replace(index.chunks, payloads=None))
+    storage, tally = CountingStorage(place), Tally()
+    read = request(index, "x", box)
+    read_tensors(index, storage, [read], threads=2, verify=True, tally=tally)
+    _same(sink_of(read).array, array[_slices(box)])
+    needed = prod(box[1]) * 4
+    assert tally.decoded_bytes < 2 * needed
+    if box[1] != array.shape:
+        assert storage.bytes_read < int(index.chunks.record_length[0]) / 2
+    largest = max((o for o in storage.operations if o.kind == "read"), key=lambda o: o.nbytes)
+    _flip(tmp_path / "f", largest.offset + largest.nbytes // 2)
+    with pytest.raises(CorruptionError, match="'x'"):
+        read_tensors(index, place, [read], threads=1, verify=True)

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from operator import add
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from shardpoint.dtypes import DType
 from shardpoint.engine._blocks import Blocks
-from shardpoint.engine._files import BufferPool, CountedFile
+from shardpoint.engine._files import BufferPool
 from shardpoint.engine._geometry import Numbers, extent, split_box
 from shardpoint.engine._payload import Payload, Place
 from shardpoint.errors import NotSupportedError, Problem
 from shardpoint.formats.checksum import crc32
 from shardpoint.index import CONJUGATE, NEGATIVE
 from shardpoint.planning.runs import Runs, byte_runs, coalesce
+from shardpoint.storage import Buffer
 
-__all__ = ["BUFFER", "apply_flags", "copy_from_memory", "read_box", "read_extent"]
+__all__ = ["BUFFER", "Readable", "apply_flags", "copy_from_memory", "read_box", "read_extent"]
 
 AnyArray: TypeAlias = npt.NDArray[Any]
+
+
+class Readable(Protocol):
+    """A file, or the record that a transform gives back."""
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fill the buffers, one after the other, with the bytes from `offset` on."""
+        ...
+
 
 _BLOCK = 1 << 20  # read at once where a checksum is taken: it is still in cache then
 BUFFER = 4 << 20
@@ -36,7 +46,7 @@ _NOT_NEGATED = frozenset(
 
 
 def read_box(
-    file: CountedFile,
+    file: Readable,
     payload: Payload,
     offsets: Numbers,
     into: AnyArray,
@@ -83,7 +93,7 @@ def read_box(
 
 
 def _read_dense(
-    file: CountedFile,
+    file: Readable,
     base: int,
     runs: Runs,
     dense: memoryview,
@@ -114,7 +124,7 @@ def _read_dense(
     return found
 
 
-def _read_checked(file: CountedFile, runs: Runs, dense: memoryview, blocks: Blocks) -> bool:
+def _read_checked(file: Readable, runs: Runs, dense: memoryview, blocks: Blocks) -> bool:
     """Read all blocks that the runs touch, check them, and copy the runs out of them.
 
     Returns False, having read nothing, where that is not affordable.
@@ -153,9 +163,7 @@ def _check_inside(runs: Runs, dense: memoryview, blocks: Blocks) -> None:
         blocks.check(dense[position : position + length], int(runs.starts[run]))
 
 
-def _read_runs(
-    file: CountedFile, base: int, runs: Runs, dense: memoryview, gap_budget: int
-) -> None:
+def _read_runs(file: Readable, base: int, runs: Runs, dense: memoryview, gap_budget: int) -> None:
     """Read runs one after the other into `dense`; what lies between goes nowhere."""
     starts, lengths = runs.starts.tolist(), runs.lengths.tolist()
     reads = coalesce(runs.starts, runs.lengths, gap_budget_bytes=gap_budget)
@@ -185,7 +193,7 @@ def _largest_gap(runs: Runs, budget: int) -> int:
 
 
 def read_extent(
-    file: CountedFile, payload: Payload, offsets: Numbers, into: AnyArray, blocks: Blocks | None
+    file: Readable, payload: Payload, offsets: Numbers, into: AnyArray, blocks: Blocks | None
 ) -> None:
     """Read a box of a payload with any strides: all bytes from its first element to its last.
 

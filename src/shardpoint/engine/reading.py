@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardpoint.dtypes import BY_CODE
-from shardpoint.engine._blocks import blocks_of, damaged
+from shardpoint.engine._blocks import blocks_of
 from shardpoint.engine._checksums import PiecewiseChecksum
 from shardpoint.engine._dense import DenseReader
 from shardpoint.engine._files import BufferPool, OpenFiles
@@ -32,11 +33,13 @@ from shardpoint.engine._resolve import resolve_tasks
 from shardpoint.engine._segments import find_segments
 from shardpoint.engine._transfer import (
     BUFFER,
+    Readable,
     apply_flags,
     copy_from_memory,
     read_box,
     read_extent,
 )
+from shardpoint.engine._transformed import find_payload, open_decoded
 from shardpoint.engine.executor import run_tasks
 from shardpoint.engine.objects import read_object
 from shardpoint.engine.targets import (
@@ -50,7 +53,7 @@ from shardpoint.engine.targets import (
 from shardpoint.formats.checksum import crc32
 from shardpoint.index import UNKNOWN, CheckpointIndex, Container
 from shardpoint.storage import Storage
-from shardpoint.transforms import Transforms, decode
+from shardpoint.transforms import MemoryRecord, RecordBytes, Tally, TransformFinder, Transforms
 
 __all__ = [
     "ArraySink",
@@ -70,7 +73,6 @@ _NAME = "shardpoint-read"
 _SMALL = 64 << 10  # records up to this size are read whole if they are wanted whole
 _GROUP = 1 << 20
 _PIECE = 16 << 20  # what one thread takes of a large chunk
-_RECORD_SLACK = 1 << 20  # what a record may have beside its payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ def read_tensors(
     threads: int,
     verify: bool,
     gap_ratio: float = 0.05,
+    finder: TransformFinder | None = None,
+    tally: Tally | None = None,
 ) -> ReadStatistics:
     """Fill the sinks of all requests.
 
@@ -126,6 +130,10 @@ def read_tensors(
         more than `gap_ratio` of it (for parts in many runs: half of it).
     gap_ratio
         How many bytes nobody wants may be read to save calls, for each wanted one.
+    finder
+        Knows how transforms are undone; None knows those of shardpoint that need no key.
+    tally
+        Counts what transforms decode, or None.
 
     Raises
     ------
@@ -147,6 +155,8 @@ def read_tensors(
         threads=threads,
         verify=verify,
         gap_ratio=gap_ratio,
+        finder=Transforms() if finder is None else finder,
+        tally=tally,
     )
 
 
@@ -159,6 +169,8 @@ def read_regions(
     threads: int,
     verify: bool,
     gap_ratio: float,
+    finder: TransformFinder,
+    tally: Tally | None,
 ) -> ReadStatistics:
     """Fill regions that are given in columns; all else as `read_tensors` does."""
     started = time.perf_counter()
@@ -167,7 +179,16 @@ def read_regions(
     works = works_of(index, wanted, pairs.take(np.flatnonzero(~taken)))
     progress = Progress(np.bincount(pairs.number, minlength=len(wanted)), targets)
     with OpenFiles(storage) as files:
-        operation = _Operation(index, files, targets, progress, verify=verify, gap_ratio=gap_ratio)
+        operation = _Operation(
+            index,
+            files,
+            targets,
+            progress,
+            verify=verify,
+            gap_ratio=gap_ratio,
+            finder=finder,
+            tally=tally,
+        )
         reader = DenseReader(
             index, files, segments, targets, progress, verify=verify, gap_ratio=gap_ratio
         )
@@ -222,8 +243,12 @@ class _Operation:
         *,
         verify: bool,
         gap_ratio: float,
+        finder: TransformFinder,
+        tally: Tally | None,
     ) -> None:
         self.index = index
+        self.finder = finder
+        self.tally = tally
         self.files = files
         self.targets = targets
         self.progress = progress
@@ -247,7 +272,7 @@ class _Operation:
             else:
                 assert work.payload is not None
                 for part in work.parts:
-                    yield from _PartRead(self, work.place, work.payload, part).tasks()
+                    yield from _PartRead(self, work.place, work.payload, part, None).tasks()
         if group.works:
             yield partial(self._read_group, group)
 
@@ -269,43 +294,26 @@ class _Operation:
             self.metadata_bytes += surplus
 
     def _read_transformed(self, work: ChunkWork) -> None:
-        """Read and decode a whole record, whatever part of it is wanted."""
+        """Read parts of a chunk out of its decoded record; of frames only those they touch."""
         place = work.place
-        with self.files.use(place.file) as file:
-            stored = memoryview(bytearray(place.record_length))
-            file.read_into(place.record_offset, [stored])
-        self._check_record(place, stored)
-        known = work.payload
-        most = prod(place.sizes) * place.dtype.itemsize
-        if known is not None:
-            most = max(most, known.offset + known.length)
-        record = decode(
-            place.transforms,
-            stored,
-            finder=Transforms(),
-            max_size=most + _RECORD_SLACK,
-            key=place.key,
-            file=place.file,
-        )
-        if known is None:
-            known = from_record(place, _reader(record, 0), 0, len(record))
-        elif known.offset + known.length > len(record):
-            raise place.fail(
-                f"the decoded record has {len(record)} bytes, its payload should end at "
-                f"{known.offset + known.length}"
-            )
-        self._give(work, known, record, 0)
-
-    def _check_record(self, place: Place, stored: memoryview) -> None:
-        """Compare a whole record with its checksum, where the index has one."""
         checksums = self.index.chunks.record_checksum
-        if not self.verify or checksums is None or checksums[place.chunk] == UNKNOWN:
+        record = open_decoded(
+            self.files,
+            place,
+            work.payload,
+            checksum=UNKNOWN
+            if checksums is None or not self.verify
+            else int(checksums[place.chunk]),
+            finder=self.finder,
+            tally=self.tally,
+        )
+        payload = find_payload(place, work.payload, record)
+        if isinstance(record, MemoryRecord):
+            self._give(work, payload, record.memory(), 0)
             return
-        wanted, found = int(checksums[place.chunk]), crc32(stored)
-        if found != wanted:
-            start = place.record_offset
-            stop = start + place.record_length
-            damaged(self.index, place.chunk, start=start, stop=stop, wanted=wanted, found=found)
+        for part in work.parts:
+            for task in _PartRead(self, place, payload, part, record).tasks():
+                task()
 
     def _give(self, work: ChunkWork, payload: Payload, record: memoryview, base: int) -> None:
         """Check a record that is in memory, and copy its parts to where they belong."""
@@ -367,8 +375,16 @@ class _Group:
 class _PartRead:
     """One box of one large chunk, read in pieces."""
 
-    def __init__(self, operation: _Operation, place: Place, payload: Payload, part: Part) -> None:
+    def __init__(
+        self,
+        operation: _Operation,
+        place: Place,
+        payload: Payload,
+        part: Part,
+        record: RecordBytes | None,
+    ) -> None:
         self._operation = operation
+        self._record = record
         self._place = place
         self._part = part
         order = order_of(place.sizes, payload.strides)
@@ -399,13 +415,19 @@ class _PartRead:
             and extent(part.sizes, payload.strides) == prod(part.sizes)
         )
         self._blocks = None
-        if operation.verify and not self._is_checked:
+        if operation.verify and not self._is_checked and record is None:
             self._blocks = blocks_of(operation.index, place.chunk)
         self._checksum = PiecewiseChecksum([prod(size) * itemsize for _, size in self._pieces])
 
     def tasks(self) -> Iterator[_Task]:
         for number in range(len(self._pieces)):
             yield partial(self._read_piece, number)
+
+    def _open(self) -> AbstractContextManager[Readable]:
+        """Give what to read from: the file, or the decoded record."""
+        if self._record is not None:
+            return nullcontext(self._record)
+        return self._operation.files.use(self._place.file)
 
     def _read_piece(self, number: int) -> None:
         offsets, sizes = self._pieces[number]
@@ -414,7 +436,7 @@ class _PartRead:
         into = region.transpose(self._order)[(*box, ...)]
         start = tuple(map(add, self._start, offsets))
         found = 0
-        with self._operation.files.use(self._place.file) as file:
+        with self._open() as file:
             if self._is_ordered:
                 found = read_box(
                     file,
