@@ -43,7 +43,7 @@ def _work(rank: int, connection: Connection) -> None:
         try:
             dist.init_process_group(
                 "gloo",
-                init_method=f"file://{store}",
+                init_method=store,
                 rank=rank,
                 world_size=world_size,
                 timeout=_GROUP_TIMEOUT,
@@ -73,13 +73,16 @@ class RankPool:
         self._jobs = 0
         atexit.register(self.close)
 
+    def _new_store(self) -> str:
+        self._jobs += 1
+        return f"file://{self._folder.name}/store-{self._jobs}"
+
     def run(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
     ) -> list[Any]:
         """Call a module-level function on every rank of a new group; return all results."""
         self._start(world_size)
-        self._jobs += 1
-        store = os.path.join(self._folder.name, f"store-{self._jobs}")
+        store = self._new_store()
         for _, connection in self._workers[:world_size]:
             connection.send((function, arguments, world_size, store))
         answers = []
@@ -98,15 +101,55 @@ class RankPool:
             pytest.fail("\n".join(failures))
         return [value for _, value in answers]
 
+    def run_to_the_end(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        hanging: int | None = None,
+        store: str | None = None,
+        timeout: float = 60,
+    ) -> list[Any]:
+        """Call a function on every rank, in processes that may die of it.
+
+        Return each rank's result, or its exit code where it had none. The process of `hanging`
+        is killed when the others are done. `store` is where the ranks meet, a file otherwise.
+        """
+        job = (function, arguments, world_size, store or self._new_store())
+        workers = [self._worker(rank) for rank in range(world_size)]
+        for _, connection in workers:
+            connection.send(job)
+        answers: list[Any] = [None] * world_size
+        try:
+            ranks = [rank for rank in range(world_size) if rank != hanging]
+            for rank in [*ranks, *([] if hanging is None else [hanging])]:
+                process, connection = workers[rank]
+                if rank == hanging:
+                    process.kill()
+                if not connection.poll(timeout):
+                    pytest.fail(f"rank {rank} of {world_size} did not answer within {timeout} s")
+                try:
+                    answers[rank] = connection.recv()[1]
+                except EOFError:
+                    process.join(timeout)
+                    answers[rank] = process.exitcode
+        finally:
+            for process, connection in workers:
+                process.kill()
+                process.join()
+                connection.close()
+        return answers
+
+    def _worker(self, rank: int) -> tuple[Any, Connection]:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(rank, there), daemon=True)
+        process.start()
+        there.close()
+        return process, here
+
     def _start(self, count: int) -> None:
         while len(self._workers) < count:
-            here, there = self._context.Pipe()
-            process = self._context.Process(
-                target=_work, args=(len(self._workers), there), daemon=True
-            )
-            process.start()
-            there.close()
-            self._workers.append((process, here))
+            self._workers.append(self._worker(len(self._workers)))
 
     def close(self) -> None:
         """End all workers, by force where they hang."""

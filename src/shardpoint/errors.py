@@ -15,6 +15,7 @@
     ├── NotSupportedError            (NotImplementedError) known, not done
     │   └── UnknownExtensionError    (ValueError)         an extension that nobody registered
     ├── StorageError                 (OSError)            the store refused
+    ├── RankLostError                (RuntimeError)       a rank is gone, or does not answer
     └── RankFailedError              (RuntimeError)       one or more ranks failed; names them all
 
 An error that can have several reasons carries all of them as ``problems``.
@@ -39,6 +40,7 @@ __all__ = [
     "PlanError",
     "Problem",
     "RankFailedError",
+    "RankLostError",
     "ShardpointError",
     "ShardpointWarning",
     "StorageError",
@@ -152,6 +154,26 @@ class StorageError(ShardpointError, OSError):
     """The store refused an operation."""
 
 
+class RankLostError(ShardpointError, RuntimeError):
+    """Ranks are gone, or do not answer.
+
+    Attributes
+    ----------
+    ranks
+        Who; numbers in the process group.
+    is_final
+        Whether the time was over: then no rank can be reached any more.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int]) -> None:
+        self.ranks: tuple[int, ...] = tuple(ranks)
+        self.is_final = False
+        super().__init__(message, self.ranks)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class RankFailedError(ShardpointError, RuntimeError):
     """One or more ranks failed in a step; every rank raises this with the same list.
 
@@ -164,6 +186,9 @@ class RankFailedError(ShardpointError, RuntimeError):
     stacks
         Rank to where it was raised: exceptions lose their traceback on the way between
         processes.
+    is_agreed
+        Whether the coordinator knows of it and does not go on. False on a rank that lost
+        contact with it.
     """
 
     def __init__(
@@ -175,8 +200,11 @@ class RankFailedError(ShardpointError, RuntimeError):
         self.step = step
         self.causes: dict[int, BaseException] = dict(sorted(causes.items()))
         self.stacks: dict[int, StackSummary] = dict(sorted((stacks or {}).items()))
+        self.is_agreed = True
         super().__init__(step, self.causes, self.stacks)
         for rank, stack in self.stacks.items():
+            if not stack:
+                continue
             frames = "".join(stack.format())
             self.add_note(f"rank {rank}, most recent call last:\n{frames}".rstrip())
 

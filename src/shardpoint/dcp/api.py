@@ -67,5 +67,10 @@ def checkpoint_exceptions() -> Iterator[None]:
     except CheckpointException:
         raise
     except RankFailedError as error:
-        failures = {rank: (cause, error.stacks[rank]) for rank, cause in error.causes.items()}
-        raise CheckpointException(error.step, failures) from error.__cause__
+        failures = {
+            rank: (cause, error.stacks.get(rank, traceback.StackSummary()))
+            for rank, cause in error.causes.items()
+        }
+        raised = CheckpointException(error.step, failures)
+        raised.is_agreed = error.is_agreed
+        raise raised from error.__cause__

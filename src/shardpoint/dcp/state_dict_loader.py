@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, agree, gather_scatter
-from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._signatures import accepted, takes
 from shardpoint.dcp._state import is_stateful
 from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
@@ -82,6 +82,7 @@ def load(
     no_dist: bool = False,
     on_narrowing: Narrowing = "warn",
     allowed: Mapping[str, Callable[..., Any]] | None = None,
+    timeout: Timeout = None,
 ) -> LoadReport:
     """Fill a state dict from a checkpoint; every rank of the group calls this.
 
@@ -106,6 +107,9 @@ def load(
         Load in this process alone, whatever groups there are.
     on_narrowing, allowed
         For the default planner; see `DefaultLoadPlanner`.
+    timeout
+        Seconds, or a `timedelta`, that ranks wait for one another in each step; None is the
+        process group's timeout.
 
     Returns
     -------
@@ -114,14 +118,15 @@ def load(
     Raises
     ------
     CheckpointException
-        On every rank, if any rank failed at any step; names the ranks and the causes.
+        On every rank, if any rank failed at any step or is gone; names the ranks and the
+        causes. Where ranks hung, the process group cannot be used any more.
     """
     started = time.perf_counter()
     if planner is None:
         planner = DefaultLoadPlanner(on_narrowing=on_narrowing, allowed=allowed)
     elif on_narrowing != "warn" or allowed:
         raise PlanError("on_narrowing and allowed are for the default planner: give them to yours")
-    coordinator = coordinator_for(process_group, 0, no_dist)
+    coordinator = coordinator_for(process_group, 0, no_dist, timeout=timeout, name="load")
     run = _Load(
         state=lambda: _states(state_dict),
         make_reader=lambda: _reader(storage_reader, checkpoint_id, allowed),
@@ -259,7 +264,7 @@ def _load_state_dict(
         make_reader=lambda: storage_reader,
         reader_kind=type(storage_reader),
         planner=planner if planner is not None else DefaultLoadPlanner(),
-        coordinator=coordinator_for(process_group, coordinator_rank, no_dist),
+        coordinator=coordinator_for(process_group, coordinator_rank, no_dist, name="load"),
     ).run()
 
 

@@ -20,7 +20,7 @@ from shardpoint.coordination import (
     gather_scatter,
 )
 from shardpoint.dcp._metadata_view import index_of, metadata_of
-from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._signatures import accepted
 from shardpoint.dcp._state import call_state_dict
 from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
@@ -55,7 +55,7 @@ def save_state_dict(
         lambda: state_dict,
         make_writer=lambda: storage_writer,
         planner=planner,
-        coordinator=coordinator_for(process_group, coordinator_rank, no_dist),
+        coordinator=coordinator_for(process_group, coordinator_rank, no_dist, name="save"),
         rank=None,
     )
 
@@ -69,6 +69,7 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    timeout: Timeout = None,
 ) -> Metadata:
     """Save a state dict; every rank of the group calls this with its part.
 
@@ -92,6 +93,10 @@ def save(
         Save from this process alone, whatever groups there are.
     use_collectives
         False: each rank saves on its own, with a metadata file of its own.
+    timeout
+        Seconds, or a `timedelta`, that ranks wait for one another in each step; None is the
+        process group's timeout. It has to be longer than the slowest rank's writing takes
+        beyond the fastest one's.
 
     Returns
     -------
@@ -101,14 +106,15 @@ def save(
     Raises
     ------
     CheckpointException
-        On every rank, if any rank failed at any step; names the ranks and the causes.
+        On every rank, if any rank failed at any step or is gone; names the ranks and the
+        causes. Where ranks hung, the process group cannot be used any more.
     """
     if use_collectives:
-        coordinator = coordinator_for(process_group, 0, no_dist)
+        coordinator = coordinator_for(process_group, 0, no_dist, timeout=timeout, name="save")
         rank = None
     else:
         coordinator = SingleProcess()
-        rank = coordinator_for(process_group, 0, no_dist).rank
+        rank = coordinator_for(process_group, 0, no_dist, timeout=timeout, name="save").rank
     return _save(
         lambda: call_state_dict(state_dict),
         make_writer=lambda: _writer(storage_writer, checkpoint_id),
@@ -212,7 +218,9 @@ def _save(
         except BaseException as error:
             # A rank that merely lost contact cannot know whether the coordinator still
             # commits: its files stay then, and if they do not count the next save removes them.
-            if coordinator.is_coordinator or isinstance(error, RankFailedError):
+            if coordinator.is_coordinator or (
+                isinstance(error, RankFailedError) and error.is_agreed
+            ):
                 _abort(run)
             raise
     times.append(time.perf_counter())
