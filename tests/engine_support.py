@@ -83,7 +83,10 @@ def save(storage: Storage, arrays: Mapping[str, Array], chunks: Sequence[Chunk])
         records = files.setdefault(chunk.file, [])
         places.append((chunk.file, len(records)))
         records.append(RecordSource(layout.length, layout.head, [ArraySource(stored)], layout.tail))
-    spans = write_files(storage, files, threads=2, sync=False)
+    spans = {
+        name: written.spans()
+        for name, written in write_files(storage, files, threads=2, sync=False).items()
+    }
     entries: dict[str, list[ChunkEntry]] = {key: [] for key in arrays}
     for chunk, (file, number) in zip(chunks, places, strict=True):
         offset, length = spans[file][number]

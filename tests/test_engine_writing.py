@@ -92,9 +92,9 @@ def test_records_follow_each_other_exactly(tmp_path: Path, threads: int, sync: b
     assert (tmp_path / "a").read_bytes() == b"".join(wanted)
     assert (tmp_path / "sub" / "b").read_bytes() == b"".join(reversed(wanted))
     assert (tmp_path / "empty").read_bytes() == b""
-    assert spans["empty"] == []
+    assert spans["empty"].spans() == []
     data = (tmp_path / "a").read_bytes()
-    assert [data[o : o + n] for o, n in spans["a"]] == wanted
+    assert [data[o : o + n] for o, n in spans["a"].spans()] == wanted
 
 
 def test_streams_of_unknown_size_are_written_in_order(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_streams_of_unknown_size_are_written_in_order(tmp_path: Path) -> None:
     wanted = [_expected(b"one", [np.frombuffer(data, np.uint8)]), b"object"]
     wanted += [_expected(b"two", [np.arange(5)])]
     assert (tmp_path / "a").read_bytes() == b"".join(wanted)
-    assert [length for _, length in spans["a"]] == [len(w) for w in wanted]
+    assert [length for _, length in spans["a"].spans()] == [len(w) for w in wanted]
 
 
 def test_small_records_are_gathered(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from shardpoint.formats.torch_record import object_record, read_object_pickle
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage.base import Storage
 
-__all__ = ["TorchFactory", "object_streams", "read_object", "write_object"]
+__all__ = ["TorchFactory", "object_pickle", "object_streams", "read_object", "write_object"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _MOST_PLAIN_DEPTH = 8
@@ -40,12 +40,18 @@ _BYTE, _BYTE_BEGIN = struct.Struct(">3sBs"), b"\x80\x02K"
 
 def write_object(value: Any) -> io.BytesIO:
     """Return the record that torch.save writes for an object, as a stream at its start."""
-    if _is_plain(value, _MOST_PLAIN_DEPTH):
-        return io.BytesIO(object_record(pickle.dumps(value, protocol=2)))
+    pickled = object_pickle(value)
+    if pickled is not None:
+        return io.BytesIO(object_record(pickled))
     stream = io.BytesIO()
     torch.save(value, stream)
     stream.seek(0)
     return stream
+
+
+def object_pickle(value: Any) -> bytes | None:
+    """Return what torch.save puts into ``data.pkl``; None where that takes more than pickling."""
+    return pickle.dumps(value, protocol=2) if _is_plain(value, _MOST_PLAIN_DEPTH) else None
 
 
 def _is_plain(value: Any, depth: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import numpy.typing as npt
@@ -17,26 +16,30 @@ from shardpoint.engine.writing import ArraySource, RecordSource
 from shardpoint.errors import NotSupportedError, PlanError, ShardpointError
 from shardpoint.formats.torch_record import TensorRecordLayout
 
-__all__ = ["memory_bytes", "record_of", "uses_default_lookup"]
+__all__ = ["record_of", "uses_default_lookup"]
+
+
+_LOOKUP = {
+    name: vars(DefaultSavePlanner)[name]
+    for name in ("resolve_data", "lookup_object", "transform_object")
+}
 
 
 def uses_default_lookup(planner: SavePlanner) -> bool:
-    """Whether the planner gives the state dict's own tensors, not new ones made for the save."""
-    kind = type(planner)
+    """Whether the planner gives the state dict's own values, whichever way it is asked.
+
+    Not so where a subclass, a program at run time, or the planner itself has other methods.
+    """
     return isinstance(planner, DefaultSavePlanner) and all(
-        getattr(kind, name) is getattr(DefaultSavePlanner, name)
-        for name in ("resolve_data", "lookup_object", "transform_object")
+        getattr(type(planner), name) is method and name not in vars(planner)
+        for name, method in _LOOKUP.items()
     )
 
 
-def memory_bytes(item: WriteItem) -> int:
-    """Return the bytes of the chunk that an item writes; 0 for objects."""
-    data = item.tensor_data
-    return 0 if data is None else prod(data.chunk.sizes) * data.properties.dtype.itemsize
-
-
-def record_of(planner: SavePlanner, item: WriteItem, *, keep: bool) -> RecordSource:
-    """Return the record of one item.
+def record_of(
+    planner: SavePlanner, item: WriteItem, *, keep: bool
+) -> tuple[RecordSource, tuple[int, ...] | None]:
+    """Return the record of one item, and the payload's strides; None where row-major.
 
     Parameters
     ----------
@@ -58,12 +61,15 @@ def record_of(planner: SavePlanner, item: WriteItem, *, keep: bool) -> RecordSou
         error.add_note(f"while saving key {item.index.fqn!r}")
         raise
     if item.type.name == WriteItemType.BYTE_IO.name:
-        return _object_record(item, data)
+        return _object_record(item, data), None
     tensor = _checked(item, data)
     strides = dense_strides(tensor) if keep else None
     layout = TensorRecordLayout(dtype_of(tensor.dtype), tuple(tensor.shape), strides)
     source = _TensorSource(planner, item, tensor if keep else None, layout.payload_length)
-    return RecordSource(length=layout.length, head=layout.head, payload=(source,), tail=layout.tail)
+    record = RecordSource(
+        length=layout.length, head=layout.head, payload=(source,), tail=layout.tail
+    )
+    return record, strides
 
 
 def _object_record(item: WriteItem, data: Any) -> RecordSource:

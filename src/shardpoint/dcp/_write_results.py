@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp.metadata import MetadataIndex
-from shardpoint.dcp.planner import WriteItem
 from shardpoint.dcp.storage import WriteResult
+from shardpoint.engine.written import WrittenRecords
+from shardpoint.index import BLOCK_BYTES, UNKNOWN, BlockChecksums, Payloads
 from shardpoint.planning.placing import Written
+from shardpoint.planning.save import OBJECT, WriteColumns
 
 __all__ = ["ResultTable", "results_of", "written_by"]
 
-Span = tuple[int, int]
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,18 +57,73 @@ class ResultTable(LazyList[WriteResult, ResultColumns]):
 
 
 def results_of(
-    files: Mapping[str, Sequence[WriteItem]],
-    spans: Mapping[str, Sequence[Span]],
+    columns: WriteColumns,
+    strides: Int64Array,
+    files: Mapping[str, Int64Array],
+    written: Mapping[str, WrittenRecords],
     storage_info: Any,
 ) -> ResultTable:
-    """Return what was written, file by file."""
-    rows = [
-        (item.index, name, span)
-        for name, items in files.items()
-        for item, span in zip(items, spans[name], strict=True)
-    ]
-    written = _columns((index, name, *span, ()) for index, name, span in rows)
-    return ResultTable(ResultColumns(written, storage_info))
+    """Return what was written, file by file.
+
+    Parameters
+    ----------
+    columns
+        What was to be written.
+    strides
+        ``int64[n, D]``: of each row's payload, in elements.
+    files
+        The rows that each file holds, in its order.
+    written
+        Where the records of each file are.
+    """
+    rows = np.concatenate([np.zeros(0, np.int64), *files.values()])
+    numbers = rows.tolist()
+    parts = [written[name] for name in files]
+    is_object = columns.kind[rows] == OBJECT
+
+    def joined(name: str) -> Int64Array:
+        return np.concatenate([np.zeros(0, np.int64), *(getattr(part, name) for part in parts)])
+
+    # An object's pickle counts as a payload to the engine; an index knows no such thing.
+    block_counts = np.concatenate(
+        [np.zeros(0, np.int64), *(np.diff(part.first_block) for part in parts)]
+    )
+    of_tensor = np.repeat(~is_object, block_counts)
+    blocks = np.concatenate([np.zeros(0, np.uint32), *(part.blocks for part in parts)])
+    block_counts[is_object] = 0
+    payloads = Payloads(
+        offset=np.where(is_object, UNKNOWN, joined("payload_offset")),
+        strides=np.where(is_object[:, None], 0, strides[rows]),
+        length=np.where(is_object, UNKNOWN, joined("payload_length")),
+        checksum=np.where(is_object, UNKNOWN, joined("payload_checksum")),
+        flags=np.zeros(len(rows), np.uint8),
+    )
+    keys = columns.keys
+    return ResultTable(
+        ResultColumns(
+            Written(
+                keys=[keys[row] for row in numbers],
+                is_object=is_object,
+                ndim=columns.ndim[rows],
+                offsets=columns.offsets[rows],
+                # The same string in every row: pickling writes it once.
+                file=[name for name, part in files.items() for _ in range(len(part))],
+                offset=joined("offset"),
+                length=joined("length"),
+                transforms=[()] * len(rows),
+                payloads=payloads,
+                blocks=BlockChecksums(BLOCK_BYTES, _firsts(block_counts), blocks[of_tensor]),
+                record_checksum=joined("record_checksum"),
+            ),
+            storage_info,
+        )
+    )
+
+
+def _firsts(counts: Int64Array) -> Int64Array:
+    first = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=first[1:])
+    return first
 
 
 def written_by(results: Iterable[Sequence[Any]]) -> Written:
@@ -74,21 +132,76 @@ def written_by(results: Iterable[Sequence[Any]]) -> Written:
         rank.columns.written if isinstance(rank, ResultTable) else _written(rank)
         for rank in results
     ]
-    axes = max((part.offsets.shape[1] for part in parts), default=0)
+
+    def joined(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in parts)])
+
     return Written(
         keys=[key for part in parts for key in part.keys],
-        is_object=np.concatenate([np.zeros(0, np.bool_), *(part.is_object for part in parts)]),
-        ndim=np.concatenate([np.zeros(0, np.int16), *(part.ndim for part in parts)]),
-        offsets=np.concatenate(
-            [
-                np.zeros((0, axes), np.int64),
-                *(np.pad(p.offsets, ((0, 0), (0, axes - p.offsets.shape[1]))) for p in parts),
-            ]
-        ),
+        is_object=joined("is_object", np.bool_),
+        ndim=joined("ndim", np.int16),
+        offsets=_stacked([part.offsets for part in parts]),
         file=[name for part in parts for name in part.file],
-        offset=np.concatenate([np.zeros(0, np.int64), *(part.offset for part in parts)]),
-        length=np.concatenate([np.zeros(0, np.int64), *(part.length for part in parts)]),
+        offset=joined("offset", np.int64),
+        length=joined("length", np.int64),
         transforms=[transforms for part in parts for transforms in part.transforms],
+        payloads=_all_payloads(parts),
+        blocks=_all_blocks(parts),
+        record_checksum=_all_checksums(parts),
+    )
+
+
+def _stacked(arrays: Sequence[Int64Array]) -> Int64Array:
+    """Put arrays of rows below each other, padded with 0 to the same number of axes."""
+    axes = max((array.shape[1] for array in arrays), default=0)
+    wide = [np.pad(array, ((0, 0), (0, axes - array.shape[1]))) for array in arrays]
+    return np.concatenate([np.zeros((0, axes), np.int64), *wide])
+
+
+def _all_payloads(parts: Sequence[Written]) -> Payloads | None:
+    if all(part.payloads is None for part in parts):
+        return None
+    known = [_no_payloads(part) if part.payloads is None else part.payloads for part in parts]
+    return Payloads(
+        offset=np.concatenate([part.offset for part in known]),
+        strides=_stacked([part.strides for part in known]),
+        length=np.concatenate([part.length for part in known]),
+        checksum=np.concatenate([part.checksum for part in known]),
+        flags=np.concatenate([part.flags for part in known]),
+    )
+
+
+def _no_payloads(part: Written) -> Payloads:
+    unknown = np.full(len(part.keys), UNKNOWN, np.int64)
+    flags = np.zeros(len(part.keys), np.uint8)
+    return Payloads(unknown, np.zeros((len(part.keys), 0), np.int64), unknown, unknown, flags)
+
+
+def _all_blocks(parts: Sequence[Written]) -> BlockChecksums | None:
+    """Join the checksums of blocks; those of another size than the first ones' are dropped."""
+    size = next((part.blocks.block_size for part in parts if part.blocks is not None), None)
+    if size is None:
+        return None
+    counts, values = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
+    for part in parts:
+        if part.blocks is None or part.blocks.block_size != size:
+            counts.append(np.zeros(len(part.keys), np.int64))
+        else:
+            counts.append(np.diff(part.blocks.first))
+            values.append(part.blocks.values)
+    return BlockChecksums(size, _firsts(np.concatenate(counts)), np.concatenate(values))
+
+
+def _all_checksums(parts: Sequence[Written]) -> Int64Array | None:
+    if all(part.record_checksum is None for part in parts):
+        return None
+    return np.concatenate(
+        [
+            np.full(len(part.keys), UNKNOWN, np.int64)
+            if part.record_checksum is None
+            else part.record_checksum
+            for part in parts
+        ]
     )
 
 

@@ -11,13 +11,15 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.futures import Future
 
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import object_streams
 from shardpoint.dcp._reading import requests_for
-from shardpoint.dcp._records import memory_bytes, record_of, uses_default_lookup
+from shardpoint.dcp._write_items import columns_of
+from shardpoint.dcp._write_records import prepare_records
 from shardpoint.dcp._write_results import results_of, written_by
 from shardpoint.dcp.metadata import Metadata, StorageMeta
 from shardpoint.dcp.planner import (
@@ -27,11 +29,10 @@ from shardpoint.dcp.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
-    WriteItem,
-    WriteItemType,
 )
 from shardpoint.dcp.storage import StorageReader, StorageWriter, WriteResult
 from shardpoint.engine import committing
+from shardpoint.engine.executor import default_threads
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ReadStatistics, read_tensors
 from shardpoint.engine.writing import write_files
@@ -43,7 +44,9 @@ from shardpoint.errors import (
 )
 from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.index import CheckpointIndex
+from shardpoint.planning.balance import spread_rows
 from shardpoint.planning.placing import attach_storage
+from shardpoint.planning.save import OBJECT, WriteColumns
 from shardpoint.storage.places import local_path, remote_storage
 
 __all__ = [
@@ -222,41 +225,34 @@ class FileSystemWriter(StoragePlace, StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if not isinstance(plan.storage_data, _StoragePrefix):
             raise PlanError("prepare_global_plan was not called on this plan")
-        keep = uses_default_lookup(planner)
-        files: dict[str, list[WriteItem]] = {}
-        for number, items in enumerate(self._buckets(plan.items)):
-            files[f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"] = items
+        columns = columns_of(plan.items)
+        prepared = prepare_records(plan.items, columns, planner)
+        files = {
+            f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": rows
+            for number, rows in enumerate(self._buckets(columns))
+        }
         self._written = list(files)
-        spans = write_files(
+        records = prepared.records
+        written = write_files(
             self.storage,
-            {
-                name: [record_of(planner, item, keep=keep) for item in items]
-                for name, items in files.items()
-            },
-            threads=max(self.thread_count, min(4, os.cpu_count() or 1)),
+            {name: [records[row] for row in rows.tolist()] for name, rows in files.items()},
+            threads=max(self.thread_count, default_threads()),
             sync=self.sync_files,
         )
+        results = results_of(columns, prepared.strides, files, written, _StorageInfo)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results_of(files, spans, _StorageInfo))  # type: ignore[arg-type]
+        future.set_result(results)  # type: ignore[arg-type]
         return future
 
-    def _buckets(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
-        """Distribute the items over files; objects come first in each."""
-        objects = [item for item in items if item.type.name == WriteItemType.BYTE_IO.name]
-        tensors = [item for item in items if item.type.name != WriteItemType.BYTE_IO.name]
+    def _buckets(self, columns: WriteColumns) -> list[npt.NDArray[np.int64]]:
+        """Distribute the rows over files; objects come first in each."""
+        is_object = columns.kind == OBJECT
+        objects, tensors = np.flatnonzero(is_object), np.flatnonzero(~is_object)
+        if not len(columns):
+            return []
         if not self.single_file_per_rank:
-            return [[item] for item in objects + tensors]
-        if self.thread_count == 1:
-            return [objects + tensors] if items else []
-        buckets: list[list[WriteItem]] = [[] for _ in range(self.thread_count)]
-        loads = [0] * self.thread_count
-        for position, item in enumerate(objects):
-            buckets[position % self.thread_count].append(item)
-        for item in sorted(tensors, key=memory_bytes, reverse=True):
-            least = int(np.argmin(loads))
-            buckets[least].append(item)
-            loads[least] += memory_bytes(item)
-        return [bucket for bucket in buckets if bucket]
+            return np.split(np.concatenate([objects, tensors]), len(columns))
+        return spread_rows(objects, tensors, columns.nbytes[tensors], self.thread_count)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         index = attach_storage(index_of(metadata), written_by(results))

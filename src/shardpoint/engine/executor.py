@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 
-__all__ = ["run_tasks"]
+__all__ = ["default_threads", "run_tasks"]
+
+_MOST_THREADS = 8
+
+
+def default_threads() -> int:
+    """Return how many threads one process moves bytes with.
+
+    The processors that it may use, shared with the other ranks on this host where the launcher
+    says how many there are (``LOCAL_WORLD_SIZE``, as torchrun sets it), and at most 8: a few
+    threads fill any one store.
+    """
+    try:
+        processors = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        processors = os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(_MOST_THREADS, processors // max(1, int(ranks) if ranks.isdigit() else 1)))
 
 
 def run_tasks(tasks: Iterable[Callable[[], None]], *, threads: int, name: str) -> None:

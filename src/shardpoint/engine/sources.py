@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ArraySource", "ContiguousSource", "RecordSource", "TensorSource", "no_tail"]
+from shardpoint.formats.record_form import RecordForm
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = [
+    "AnyRecord",
+    "ArraySource",
+    "ContiguousSource",
+    "FormedRecord",
+    "RecordSource",
+    "TensorSource",
+    "no_tail",
+]
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 
@@ -67,6 +80,31 @@ class RecordSource:
     head: bytes = b""
     payload: Sequence[TensorSource] = ()
     tail: Callable[[int], bytes] = no_tail
+
+
+class FormedRecord(NamedTuple):
+    """One record of a form that many share, whose payload lies in memory.
+
+    A tuple, since a save makes one for every tensor and every number of an optimizer.
+
+    Attributes
+    ----------
+    form
+        Everything but the payload.
+    payload
+        C-contiguous bytes, exactly as many as the form says: anything with the buffer
+        protocol. They are used in place and must not move until the write is over.
+    owner
+        What keeps the payload's memory alive, where `payload` itself does not.
+    """
+
+    form: RecordForm
+    payload: ReadableBuffer
+    owner: object = None
+
+
+AnyRecord: TypeAlias = RecordSource | FormedRecord
+"""What a file is written from."""
 
 
 class ArraySource:

@@ -18,8 +18,9 @@ from shardpoint.formats._record_layout import (
 )
 from shardpoint.formats._zip_writing import CENTRAL_CRC_AT, CENTRAL_SIZES_AT, DESCRIPTOR_CRC_AT
 from shardpoint.formats.checksum import BytesLike, crc32
+from shardpoint.formats.record_form import RecordForm
 
-__all__ = ["ObjectFrame", "object_frame", "object_record"]
+__all__ = ["ObjectFrame", "object_form", "object_frame", "object_record"]
 
 _MOST_FRAMED = 4096  # longer pickles are rarely of the same length
 
@@ -37,20 +38,6 @@ class ObjectFrame:
     pickle_crcs_at: tuple[int, int]
     fingerprint_at: int
     fingerprint_crcs_at: tuple[int, int]
-
-    def fill(self, pickle: bytes) -> bytes:
-        """Return the record of a pickle of that length."""
-        record = bytearray(self.record)
-        pickle_crc = crc32(pickle)
-        fingerprint = b"%020d%020d" % (pickle_crc, 0)
-        fingerprint_crc = crc32(fingerprint)
-        record[self.pickle_at : self.pickle_at + len(pickle)] = pickle
-        record[self.fingerprint_at : self.fingerprint_at + FINGERPRINT_LENGTH] = fingerprint
-        for at in self.pickle_crcs_at:
-            FIELD.pack_into(record, at, pickle_crc)
-        for at in self.fingerprint_crcs_at:
-            FIELD.pack_into(record, at, fingerprint_crc)
-        return bytes(record)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -83,6 +70,34 @@ def object_frame(pickle_length: int) -> ObjectFrame:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def object_form(pickle_length: int) -> RecordForm | None:
+    """Return the form of the records of pickles without storages of that length.
+
+    None where the pickle is so long that few others have its length.
+    """
+    if not 0 < pickle_length <= _MOST_FRAMED:
+        return None
+    frame = object_frame(pickle_length)
+    end = frame.pickle_at + pickle_length
+    fingerprint = b"0" * FINGERPRINT_LENGTH
+    template = bytearray(frame.record[end:])
+    fingerprint_at = frame.fingerprint_at - end
+    template[fingerprint_at : fingerprint_at + FINGERPRINT_LENGTH] = fingerprint
+    fingerprint_crc_at = tuple(at - end for at in frame.fingerprint_crcs_at)
+    for at in fingerprint_crc_at:
+        FIELD.pack_into(template, at, crc32(fingerprint))
+    return RecordForm(
+        head=frame.record[: frame.pickle_at],
+        payload_length=pickle_length,
+        template=bytes(template),
+        crc_at=tuple(at - end for at in frame.pickle_crcs_at),
+        fingerprint_at=fingerprint_at,
+        digits_at=fingerprint_at,
+        fingerprint_crc_at=fingerprint_crc_at,
+    )
+
+
 def object_record(pickle: bytes, storages: Sequence[BytesLike] = ()) -> bytes:
     """Return the record of an object.
 
@@ -93,8 +108,9 @@ def object_record(pickle: bytes, storages: Sequence[BytesLike] = ()) -> bytes:
     storages
         The bytes of the storages with the keys ``"0"``, ``"1"``, ...
     """
-    if not storages and 0 < len(pickle) <= _MOST_FRAMED:
-        return object_frame(len(pickle)).fill(pickle)
+    form = None if storages else object_form(len(pickle))
+    if form is not None:
+        return b"".join((form.head, pickle, form.tail(crc32(pickle))))
     zip_ = Zip(0)
     zip_.add(PICKLE, pickle)
     for name, data in BEFORE:

@@ -28,6 +28,7 @@ from shardpoint.formats._zip_writing import (
     local_header,
 )
 from shardpoint.formats.checksum import BytesLike, crc32
+from shardpoint.formats.record_form import DIGITS, FINGERPRINT_DIGITS, RecordForm
 from shardpoint.index import row_major_strides
 
 __all__ = [
@@ -46,8 +47,7 @@ PREFIX = b"archive/"
 PICKLE = PREFIX + b"data.pkl"
 _PAYLOAD = PREFIX + b"data/0"
 FINGERPRINT = PREFIX + b".data/serialization_id"
-FINGERPRINT_LENGTH = 40
-_HALF = FINGERPRINT_LENGTH // 2  # one CRC-32 in decimal
+FINGERPRINT_LENGTH = FINGERPRINT_DIGITS
 FIELD = struct.Struct("<L")
 _WIDE_FIELD = struct.Struct("<Q")
 _SURELY_SMALL = (1 << 32) - (1 << 20)  # head and tail have far less than 1 MiB
@@ -82,6 +82,9 @@ class TensorRecordLayout:
         Bytes before the payload; a multiple of 64.
     payload_length, tail_length, length
         Bytes of the payload, of the tail, of the whole record.
+    form
+        Head and tail in the form in which many records are finished together; the same
+        object for tensors alike, as long as it is remembered.
 
     Raises
     ------
@@ -89,7 +92,7 @@ class TensorRecordLayout:
         If shape or strides have a negative number or do not fit each other.
     """
 
-    __slots__ = ("_frame", "_tail", "head", "length", "payload_length", "tail_length")
+    __slots__ = ("form", "head", "length", "payload_length", "tail_length")
 
     def __init__(
         self,
@@ -99,34 +102,41 @@ class TensorRecordLayout:
         requires_grad: bool = False,
     ) -> None:
         # The dtype's name, since hashing a DType hashes all that it has.
-        prepared = _prepare(dtype.name, shape, strides, requires_grad)
-        self.head, self.payload_length, self._frame, self._tail = prepared
-        self.tail_length = len(self._tail)
-        self.length = len(self.head) + self.payload_length + self.tail_length
+        form = self.form = _prepare(dtype.name, shape, strides, requires_grad)
+        self.head, self.payload_length = form.head, form.payload_length
+        self.tail_length = len(form.template)
+        self.length = form.length
 
     def tail(self, crc: int) -> bytes:
         """Return the bytes after a payload of that CRC-32."""
-        return self._frame.finish_tail(self._tail, crc)
+        return self.form.tail(crc)
 
     def tail_fields(self) -> list[tuple[int, int]]:
         """Return position and length of what differs between tails of records of this form."""
-        frame = self._frame
-        crcs = (*frame.payload_crcs_at, *frame.fingerprint_crcs_at)
-        return [(frame.fingerprint_at, FINGERPRINT_LENGTH), *((at, FIELD.size) for at in crcs)]
+        form = self.form
+        crcs = (*form.crc_at, *form.fingerprint_crc_at)
+        return [(form.fingerprint_at, FINGERPRINT_LENGTH), *((at, FIELD.size) for at in crcs)]
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
     dtype_name: str, shape: tuple[int, ...], strides: tuple[int, ...] | None, requires_grad: bool
-) -> tuple[bytes, int, _Frame, bytes]:
-    """Return head, payload length, frame, and the tail but for the payload's CRC-32."""
+) -> RecordForm:
     dtype = BY_NAME[dtype_name]
     pickle, payload_length = _tensor_pickle(dtype, shape, strides, requires_grad)
     pickle_crc = crc32(pickle)
     frame = _frame(len(pickle), _representative(payload_length))
     after_pickle = descriptor(0, len(pickle), pickle_crc)
     head = b"".join((frame.before_pickle, pickle, after_pickle, frame.before_payload))
-    return head, payload_length, frame, frame.prepare_tail(payload_length, pickle_crc)
+    return RecordForm(
+        head=head,
+        payload_length=payload_length,
+        template=frame.prepare_tail(payload_length, pickle_crc),
+        crc_at=frame.payload_crcs_at,
+        fingerprint_at=frame.fingerprint_at,
+        digits_at=frame.fingerprint_at + DIGITS,
+        fingerprint_crc_at=frame.fingerprint_crcs_at,
+    )
 
 
 def _tensor_pickle(
@@ -208,7 +218,7 @@ class _Frame:
     fingerprint_crcs_at: tuple[int, int]
 
     def prepare_tail(self, payload_length: int, pickle_crc: int) -> bytes:
-        """Return the tail for all payloads of a length, without their CRC-32."""
+        """Return the tail of all payloads of a length whose CRC-32 is 0."""
         tail = bytearray(self.tail)
         longer = payload_length - self.payload_length
         if longer:
@@ -217,19 +227,10 @@ class _Frame:
             for form, at in self.positions_at:
                 form.pack_into(tail, at, form.unpack_from(tail, at)[0] + longer)
         FIELD.pack_into(tail, self.pickle_crc_at, pickle_crc)
-        tail[self.fingerprint_at : self.fingerprint_at + _HALF] = b"%020d" % pickle_crc
-        return bytes(tail)
-
-    def finish_tail(self, prepared: bytes, payload_crc: int) -> bytes:
-        """Return a prepared tail with the payload's CRC-32, and what depends on it."""
-        tail = bytearray(prepared)
-        start = self.fingerprint_at
-        tail[start + _HALF : start + FINGERPRINT_LENGTH] = b"%020d" % payload_crc
-        fingerprint_crc = crc32(tail[start : start + FINGERPRINT_LENGTH])
-        for at in self.payload_crcs_at:
-            FIELD.pack_into(tail, at, payload_crc)
+        fingerprint = b"%020d%020d" % (pickle_crc, 0)
+        tail[self.fingerprint_at : self.fingerprint_at + FINGERPRINT_LENGTH] = fingerprint
         for at in self.fingerprint_crcs_at:
-            FIELD.pack_into(tail, at, fingerprint_crc)
+            FIELD.pack_into(tail, at, crc32(fingerprint))
         return bytes(tail)
 
 

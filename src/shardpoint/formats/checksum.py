@@ -6,11 +6,12 @@ and lets other threads run meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from zlib_ng import zlib_ng
 
-__all__ = ["BytesLike", "crc32", "crc32_combine"]
+__all__ = ["BytesLike", "crc32", "crc32_combine", "crc32_of_each"]
 
 BytesLike: TypeAlias = "bytes | bytearray | memoryview"
 """Bytes in one piece."""
@@ -25,6 +26,11 @@ def crc32(data: BytesLike, value: int = 0) -> int:
     True
     """
     return zlib_ng.crc32(data, value)
+
+
+def crc32_of_each(pieces: Iterable[BytesLike]) -> list[int]:
+    """Return the CRC-32 of each of many pieces."""
+    return list(map(zlib_ng.crc32, pieces))
 
 
 def crc32_combine(first: int, second: int, second_length: int) -> int:

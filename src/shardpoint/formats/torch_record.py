@@ -21,7 +21,7 @@ from shardpoint.formats._known_records import (
     known_object_pickle,
     remember_payload,
 )
-from shardpoint.formats._object_layout import object_record
+from shardpoint.formats._object_layout import object_form, object_record
 from shardpoint.formats._record_layout import TensorRecordLayout
 from shardpoint.formats._record_members import (
     MAX_MEMBERS,
@@ -45,6 +45,7 @@ __all__ = [
     "TensorPayload",
     "TensorRecordLayout",
     "TorchRecord",
+    "object_form",
     "object_record",
     "parse_record",
     "read_object_pickle",

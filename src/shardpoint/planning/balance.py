@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["choose_owners"]
+__all__ = ["choose_owners", "spread_rows"]
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
@@ -86,3 +87,41 @@ def _least_loaded(
         loads[ranks[row]] += sizes[row]
         chosen.append(row)
     return chosen
+
+
+def spread_rows(
+    objects: Int64Array, tensors: Int64Array, nbytes: Int64Array, count: int
+) -> list[Int64Array]:
+    """Spread the rows of one rank over its files, objects first in each.
+
+    Objects are dealt out in turn; tensors go, largest first, to the file with the fewest bytes.
+
+    Parameters
+    ----------
+    objects, tensors
+        ``int64[n]``: numbers of rows.
+    nbytes
+        ``int64[n]``: bytes of each of the tensors.
+    count
+        How many files there may be.
+
+    Returns
+    -------
+    list of int64[n]
+        The rows of each file that has any.
+    """
+    if count == 1:
+        files = [np.concatenate([objects, tensors])]
+    else:
+        dealt: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, number) for number in range(count)]
+        order = np.argsort(-nbytes, kind="stable")
+        for row, size in zip(tensors[order].tolist(), nbytes[order].tolist(), strict=True):
+            load, number = loads[0]
+            dealt[number].append(row)
+            heapq.heapreplace(loads, (load + size, number))
+        files = [
+            np.concatenate([objects[number::count], np.array(rows, np.int64)])
+            for number, rows in enumerate(dealt)
+        ]
+    return [rows for rows in files if len(rows)]
