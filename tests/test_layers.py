@@ -103,6 +103,7 @@ def test_public_names_are_these() -> None:
         "PlanError",
         "Problem",
         "RankFailedError",
+        "RankLostError",
         "ShardpointError",
         "ShardpointWarning",
         "StorageError",
