@@ -19,6 +19,7 @@ from shardpoint.errors import (
 )
 from shardpoint.formats.dcp_metadata import read_metadata, read_per_rank_metadata
 from shardpoint.formats.huggingface import find_files, read_directory
+from shardpoint.formats.object_decoder import ObjectFactory
 from shardpoint.formats.torch_save import read_torch_save
 from shardpoint.index import NO_FILE, CheckpointIndex, Container
 from shardpoint.storage import LocalStorage, Storage
@@ -45,6 +46,7 @@ def open_index(
     prefer_rank: int | None = None,
     allowed: Allowed | None = None,
     options: Mapping[str, Any] | None = None,
+    factory: ObjectFactory | None = None,
 ) -> tuple[CheckpointIndex, Storage]:
     """Return the index of the checkpoint at a place, and the storage its files are in.
 
@@ -67,6 +69,8 @@ def open_index(
         qualified name: such a file is one pickle, decoded here.
     options
         For the file system of a URL: credentials and the like.
+    factory
+        Makes the tensors inside of objects of a ``torch.save`` file; see `read_torch_save`.
 
     Raises
     ------
@@ -79,7 +83,7 @@ def open_index(
     """
     storage, name = (place, None) if isinstance(place, Storage) else _locate(place, options)
     if name is not None and not _is_metadata(name):
-        return _open_file(storage, name, allowed), storage
+        return _open_file(storage, name, allowed, factory), storage
     if storage.has(_METADATA):
         index = read_metadata(storage.read(_METADATA), file=_METADATA)
         return _with_containers(index, storage), storage
@@ -95,7 +99,7 @@ def open_index(
     files = [name for name in names if name.endswith(_TORCH_SAVE)]
     if _has_safetensors(storage, names, is_alone=not files):
         return read_directory(storage), storage
-    return _open_only_file(storage, names, files, allowed), storage
+    return _open_only_file(storage, names, files, allowed, factory), storage
 
 
 def _locate(path: PathLike, options: Mapping[str, Any] | None) -> tuple[Storage, str | None]:
@@ -135,10 +139,12 @@ def _is_metadata(name: str) -> bool:
     return name == _METADATA or _RANK_METADATA.fullmatch(name) is not None
 
 
-def _open_file(storage: Storage, name: str, allowed: Allowed | None) -> CheckpointIndex:
+def _open_file(
+    storage: Storage, name: str, allowed: Allowed | None, factory: ObjectFactory | None
+) -> CheckpointIndex:
     if name.endswith(_SAFETENSORS):
         return read_directory(storage, name)
-    return read_torch_save(storage, name, allowed=allowed)
+    return read_torch_save(storage, name, allowed=allowed, factory=factory)
 
 
 def _names_others(name: str) -> bool:
@@ -157,10 +163,14 @@ def _has_safetensors(storage: Storage, names: Sequence[str], *, is_alone: bool) 
 
 
 def _open_only_file(
-    storage: Storage, names: Sequence[str], files: Sequence[str], allowed: Allowed | None
+    storage: Storage,
+    names: Sequence[str],
+    files: Sequence[str],
+    allowed: Allowed | None,
+    factory: ObjectFactory | None,
 ) -> CheckpointIndex:
     if len(files) == 1:
-        return read_torch_save(storage, files[0], allowed=allowed)
+        return read_torch_save(storage, files[0], allowed=allowed, factory=factory)
     if files:
         raise CheckpointNotFoundError(
             f"{storage.location!r} has several torch.save files, open one of them: "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from shardpoint.formats._tensor_pickles import StorageReference
 from shardpoint.formats._zip_reading import Window
 from shardpoint.formats.object_decoder import (
     NumpyFactory,
+    ObjectFactory,
     TensorDescription,
     TensorLoader,
     decode_object,
@@ -69,15 +70,12 @@ class _Tensor:
     requires_grad: bool
 
 
-class _Factory(NumpyFactory):
-    def parameter(self, tensor: Any, requires_grad: bool) -> Any:
-        if isinstance(tensor, _Tensor):
-            return replace(tensor, requires_grad=requires_grad)
-        return tensor
-
-
 def read_torch_save(
-    storage: Store, name: str, *, allowed: Allowed | None = None
+    storage: Store,
+    name: str,
+    *,
+    allowed: Allowed | None = None,
+    factory: ObjectFactory | None = None,
 ) -> CheckpointIndex:
     """Return the index of a file that ``torch.save`` wrote.
 
@@ -90,6 +88,8 @@ def read_torch_save(
         Where the file lies.
     allowed
         Classes beyond the closed list, by qualified name; see `object_decoder.decode_object`.
+    factory
+        Makes the tensors that lie inside of values, and the like; None is `NumpyFactory`.
 
     Raises
     ------
@@ -111,8 +111,23 @@ def read_torch_save(
             pickle, find_storage = open_legacy(window, allowed=allowed or {})
         else:
             window.fail(f"not a torch.save file: it begins with {begin!r}")
-        state = _State(window, pickle, find_storage, allowed or {})
+        state = _State(window, pickle, find_storage, allowed or {}, factory or NumpyFactory())
         return state.index(name)
+
+
+class _Placeholders:
+    """A factory whose parameters may be of tensors that are not loaded."""
+
+    def __init__(self, factory: ObjectFactory) -> None:
+        self._factory = factory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._factory, name)
+
+    def parameter(self, tensor: Any, requires_grad: bool) -> Any:
+        if isinstance(tensor, _Tensor):
+            return replace(tensor, requires_grad=requires_grad)
+        return self._factory.parameter(tensor, requires_grad)
 
 
 def _open_zip(window: Window) -> tuple[bytes, FindStorage]:
@@ -136,12 +151,18 @@ class _State:
     """A file's pickle, decoded and flattened."""
 
     def __init__(
-        self, window: Window, pickle: bytes, find_storage: FindStorage, allowed: Allowed
+        self,
+        window: Window,
+        pickle: bytes,
+        find_storage: FindStorage,
+        allowed: Allowed,
+        factory: ObjectFactory,
     ) -> None:
         self._window = window
         self._pickle = pickle
         self._find_storage = find_storage
         self._allowed = allowed
+        self._factory = factory
 
     def index(self, name: str) -> CheckpointIndex:
         nested, count = self._decode(frozenset())
@@ -179,7 +200,7 @@ class _State:
         """Decode the pickle; tensors with these numbers are loaded. Also count the tensors."""
         count = 0
 
-        factory = _Factory()
+        factory = cast(ObjectFactory, _Placeholders(self._factory))
         loader = TensorLoader(self._load_storage, factory, self._window.source)
 
         def make_tensor(description: TensorDescription, storage: StorageReference) -> Any:

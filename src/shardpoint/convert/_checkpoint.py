@@ -1,0 +1,163 @@
+"""Any checkpoint to one that torch.distributed.checkpoint loads."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shardpoint.convert._reading import Allowed, Source, default_threads, flat_bytes
+from shardpoint.engine import committing
+from shardpoint.engine.alone import chunks_alone
+from shardpoint.engine.sources import RecordSource
+from shardpoint.engine.writing import write_file
+from shardpoint.formats.dcp_metadata import write_metadata
+from shardpoint.formats.torch_record import TensorRecordLayout, object_record
+from shardpoint.formats.value_pickling import pickle_value, tensor_bytes
+from shardpoint.index import (
+    CheckpointIndex,
+    ChunkEntry,
+    Container,
+    ObjectEntry,
+    TensorEntry,
+    build_index,
+)
+from shardpoint.storage import Storage, storage_at
+
+__all__ = ["to_checkpoint"]
+
+_VERSION = "1.0.0"
+
+
+def to_checkpoint(
+    source: str | os.PathLike[str] | Storage,
+    target: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    allowed: Allowed | None = None,
+    sync: bool = True,
+) -> None:
+    """Write a checkpoint as torch.distributed.checkpoint has it, in one data file.
+
+    Chunks stay as they are; each is read, and written row-major, when its turn comes. A
+    checkpoint that is at the target already stays readable until the new one is complete.
+
+    Parameters
+    ----------
+    source
+        Any checkpoint that `shardpoint.open` opens.
+    target
+        The folder, by path or URL.
+    threads
+        How many pieces of a chunk are read at once.
+    allowed
+        Classes beyond the closed list that objects may be made of.
+    sync
+        Make everything durable before the checkpoint counts.
+
+    Raises
+    ------
+    CheckpointNotFoundError, FormatError, CorruptionError, StorageError, NotSupportedError
+        As `shardpoint.open` and reading do.
+    """
+    opened = Source(
+        source, threads=default_threads() if threads is None else threads, allowed=allowed
+    )
+    storage = storage_at(target)
+    storage.prepare()
+    name = f"{committing.data_prefix(0, committing.new_token(storage))}0.distcp"
+    records = _object_records(opened)
+    objects = len(records)
+    records += [_chunk_record(opened, chunk) for chunk in range(len(opened.index.chunks))]
+    spans = write_file(storage, name, records, sync=sync)
+    index = _written(opened.index, name, spans, objects, os.fspath(target))
+    try:
+        committing.commit(storage, committing.METADATA_NAME, write_metadata(index), sync=sync)
+    except BaseException:
+        if not committing.holds_any(storage, committing.METADATA_NAME, [name]):
+            storage.remove(name)
+        raise
+    committing.remove_replaced(storage, set(index.files))
+
+
+def _object_records(source: Source) -> list[RecordSource]:
+    values = source.objects()
+    records = []
+    for key in source.index.objects.keys:
+        pickle, tensors = pickle_value(values[key])
+        record = object_record(pickle, [tensor_bytes(tensor) for tensor in tensors])
+        records.append(RecordSource(length=len(record), head=record))
+    return records
+
+
+def _chunk_record(source: Source, chunk: int) -> RecordSource:
+    index = source.index
+    row = int(index.chunks.tensor[chunk])
+    axes = int(index.tensors.ndim[row])
+    sizes = tuple(index.chunks.sizes[chunk, :axes].tolist())
+    layout = TensorRecordLayout(index.tensors.dtype_of(row), sizes)
+    payload = _ChunkSource(source, chunk, layout.payload_length)
+    return RecordSource(
+        length=layout.length, head=layout.head, payload=(payload,), tail=layout.tail
+    )
+
+
+class _ChunkSource:
+    """One chunk's elements, read when they are to be written."""
+
+    def __init__(self, source: Source, chunk: int, nbytes: int) -> None:
+        self._source = source
+        self._chunk = chunk
+        self.nbytes = nbytes
+
+    def blocks(self, block_size: int) -> Iterator[memoryview]:
+        alone = chunks_alone(self._source.index, [self._chunk])
+        (array,) = self._source.read(alone, [0])
+        whole = flat_bytes(array)
+        for start in range(0, len(whole), block_size):
+            yield whole[start : start + block_size]
+
+
+def _written(
+    old: CheckpointIndex,
+    file: str,
+    spans: Sequence[tuple[int, int]],
+    object_count: int,
+    place: Any,
+) -> CheckpointIndex:
+    """Return the index of what was written: objects first, then chunks in their old order."""
+    tensors = []
+    for row, key in enumerate(old.tensors.keys):
+        shape = old.tensors.shape_of(row)
+        first, last = (int(n) for n in old.tensors.first_chunk[row : row + 2])
+        chunks = [
+            ChunkEntry(
+                offsets=tuple(old.chunks.offsets[chunk, : len(shape)].tolist()),
+                sizes=tuple(old.chunks.sizes[chunk, : len(shape)].tolist()),
+                file=file,
+                record_offset=spans[object_count + chunk][0],
+                record_length=spans[object_count + chunk][1],
+                container=Container.TORCH_RECORD,
+            )
+            for chunk in range(first, last)
+        ]
+        requires_grad = bool(old.tensors.requires_grad[row])
+        dtype = old.tensors.dtype_of(row)
+        tensors.append(TensorEntry(key, dtype, shape, chunks, requires_grad=requires_grad))
+    objects = [ObjectEntry(key, file, *spans[row]) for row, key in enumerate(old.objects.keys)]
+    return build_index(
+        tensors,
+        objects,
+        key_order=old.key_order,
+        paths=old.paths,
+        storage_meta={
+            "checkpoint_id": place,
+            "save_id": secrets.token_hex(16),
+            "load_id": None,
+            "modules": [],
+        },
+        version=_VERSION,
+        source="dcp",
+        metadata_files=[committing.METADATA_NAME],
+    )

@@ -1,0 +1,111 @@
+"""What conversions read: objects as they are to be written again, tensors a few at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from shardpoint._sinks import NewArraySink
+from shardpoint.engine.objects import read_objects
+from shardpoint.engine.opening import open_index
+from shardpoint.engine.reading import ReadRequest, read_tensors
+from shardpoint.formats.value_pickling import TensorKeepingFactory
+from shardpoint.index import CheckpointIndex
+from shardpoint.storage import Storage
+
+__all__ = ["Allowed", "Source", "default_threads", "flat_bytes"]
+
+Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
+AnyArray: TypeAlias = npt.NDArray[Any]
+
+_TOGETHER = 4 << 20
+"""Small tensors are read together up to this size: a read has costs of its own."""
+
+
+def default_threads() -> int:
+    """Return how many threads read side by side."""
+    return min(8, os.cpu_count() or 1)
+
+
+class Source:
+    """The checkpoint that is converted.
+
+    Parameters
+    ----------
+    place
+        What `shardpoint.open` takes, or a storage.
+    threads
+        How many pieces are read at once.
+    allowed
+        Classes beyond the closed list.
+    """
+
+    def __init__(
+        self, place: str | os.PathLike[str] | Storage, *, threads: int, allowed: Allowed | None
+    ) -> None:
+        self._threads = threads
+        self._allowed = allowed or {}
+        self._factory = TensorKeepingFactory()
+        self.index, self.storage = open_index(place, allowed=self._allowed, factory=self._factory)
+
+    @property
+    def paths(self) -> dict[str, tuple[str | int, ...]]:
+        """Each key's path; where it was saved flat, the key itself."""
+        known = self.index.paths or {}
+        return {key: known.get(key, (key,)) for key in self.index.key_order}
+
+    def objects(self) -> dict[str, Any]:
+        """Return all objects, with `StoredTensor` for the tensors inside them."""
+        keys = self.index.objects.keys
+        values = read_objects(
+            self.index,
+            self.storage,
+            range(len(keys)),
+            factory=self._factory,
+            allowed=self._allowed,
+            verify=True,
+        )
+        return {keys[row]: value for row, value in values}
+
+    def nbytes(self, row: int) -> int:
+        """Return the bytes of a tensor's elements."""
+        tensors = self.index.tensors
+        return prod(tensors.shape_of(row)) * tensors.dtype_of(row).itemsize
+
+    def tensors(self, rows: Sequence[int]) -> Iterator[AnyArray]:
+        """Yield whole tensors as raw elements, in this order, small neighbours read together."""
+        first = 0
+        while first < len(rows):
+            last, total = first + 1, self.nbytes(rows[first])
+            while last < len(rows) and total + self.nbytes(rows[last]) <= _TOGETHER:
+                total += self.nbytes(rows[last])
+                last += 1
+            yield from self.read(self.index, rows[first:last])
+            first = last
+
+    def read(self, index: CheckpointIndex, rows: Sequence[int]) -> list[AnyArray]:
+        """Read whole tensors of an index of the same files."""
+        tensors = index.tensors
+        sinks = [
+            NewArraySink(tensors.dtype_of(row), tensors.shape_of(row), key=tensors.keys[row])
+            for row in rows
+        ]
+        requests = [
+            ReadRequest(
+                tensor=row, offsets=(0,) * len(tensors.shape_of(row)), sizes=shape, sink=sink
+            )
+            for row, sink in zip(rows, sinks, strict=True)
+            for shape in (tensors.shape_of(row),)
+        ]
+        read_tensors(index, self.storage, requests, threads=self._threads, verify=True)
+        return [sink.memory() for sink in sinks]
+
+
+def flat_bytes(array: AnyArray) -> memoryview:
+    """Return a row-major array's bytes."""
+    return array.reshape(-1).view(np.uint8).data
