@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from shardpoint.errors import PlanError
+from shardpoint.transforms import Transform
 
-__all__ = ["check_allowed", "checked_threads", "default_threads"]
+__all__ = ["check_allowed", "checked_threads", "checked_transforms", "default_threads"]
 
 _MOST_THREADS = 16  # more readers than this do not make one file system faster
 
@@ -37,6 +38,17 @@ def check_allowed(allowed: object) -> None:
                 f"allowed must map qualified names to classes or functions, not {name!r} to "
                 f"{type(what).__name__}"
             )
+
+
+def checked_transforms(transforms: object) -> tuple[Transform, ...]:
+    """Return transforms as a tuple; TypeError where one of them is none."""
+    if isinstance(transforms, str | bytes) or not isinstance(transforms, Iterable):
+        raise TypeError(f"transforms must be a list of them, not {type(transforms).__name__}")
+    checked = tuple(transforms)
+    for transform in checked:
+        if not isinstance(getattr(transform, "name", None), str) or not hasattr(transform, "undo"):
+            raise TypeError(f"a transform has a name and a method undo, {transform!r} has not")
+    return checked
 
 
 def default_threads() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardpoint import _selection
-from shardpoint._arguments import check_allowed, checked_threads, default_threads
+from shardpoint._arguments import (
+    check_allowed,
+    checked_threads,
+    checked_transforms,
+    default_threads,
+)
 from shardpoint._info import ChunkInfo, ObjectInfo, Path, TensorInfo, object_info, tensor_info
 from shardpoint._prefixes import path_below
 from shardpoint._selection import AxisSelection, Selection
@@ -26,6 +31,7 @@ from shardpoint.errors import CheckpointKeyError, FormatError, PlanError, Storag
 from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
+from shardpoint.transforms import Transform, Transforms
 from shardpoint.tree import unflatten
 from shardpoint.verify import Progress, VerifyReport, file_sizes, verify_index
 
@@ -49,6 +55,7 @@ def open(  # the module that needs the builtin is storage, not this one
     allowed: Mapping[str, Callable[..., Any]] | None = None,
     verify: bool = True,
     threads: int | None = None,
+    transforms: Iterable[Transform] = (),
 ) -> Checkpoint:
     """Open a checkpoint for reading, without torch. Reads the index only.
 
@@ -65,6 +72,10 @@ def open(  # the module that needs the builtin is storage, not this one
         Whether checksums are compared where there are any and a whole chunk is read.
     threads
         How many threads read side by side; by default one a processor, at most 16.
+    transforms
+        What undoes compression or encryption beyond what shardpoint knows by itself: with a
+        key, ``[shardpoint.transforms.AesGcm(key)]``, or objects of your own
+        (`shardpoint.transforms.Transform`).
 
     Raises
     ------
@@ -81,6 +92,7 @@ def open(  # the module that needs the builtin is storage, not this one
     if threads is not None:
         threads = checked_threads(threads)
     check_allowed(allowed)
+    added = checked_transforms(transforms)
     index, storage = open_index(path, allowed=allowed)
     return Checkpoint(
         index,
@@ -88,14 +100,19 @@ def open(  # the module that needs the builtin is storage, not this one
         allowed={} if allowed is None else allowed,
         verify=verify,
         threads=default_threads() if threads is None else threads,
+        transforms=added,
         place=_from_anywhere(os.fspath(path)),
     )
 
 
 def _reopen(
-    place: str, allowed: Mapping[str, Callable[..., Any]], verify: bool, threads: int
+    place: str,
+    allowed: Mapping[str, Callable[..., Any]],
+    verify: bool,
+    threads: int,
+    transforms: Sequence[Transform],
 ) -> Checkpoint:
-    return open(place, allowed=allowed, verify=verify, threads=threads)
+    return open(place, allowed=allowed, verify=verify, threads=threads, transforms=transforms)
 
 
 def _from_anywhere(path: str) -> str:
@@ -109,8 +126,9 @@ class Checkpoint:
     Tensors come as numpy arrays of their own (``ml_dtypes`` for bfloat16 and 8-bit floats;
     a structured ``(real, imag)`` dtype for complex32). Objects come as plain Python values,
     with arrays for the tensors inside them. Nothing is kept: reading twice reads twice.
-    May be used by several threads at once. Pickling one takes along where it lies, not what
-    it holds: it is opened again where it is unpickled.
+    May be used by several threads at once. Pickling one takes along where it lies and the
+    arguments of `open`, keys among them, not what it holds: it is opened again where it is
+    unpickled.
     """
 
     def __init__(
@@ -121,6 +139,7 @@ class Checkpoint:
         allowed: Mapping[str, Callable[..., Any]],
         verify: bool,
         threads: int,
+        transforms: Sequence[Transform] = (),
         place: str | None = None,
     ) -> None:
         self._place = place
@@ -129,6 +148,8 @@ class Checkpoint:
         self._allowed = dict(allowed)
         self._verify = verify
         self._threads = threads
+        self._transforms = tuple(transforms)
+        self._finder = Transforms(self._transforms)
         self._closed = False
         tensors = {key: row for row, key in enumerate(index.tensors.keys)}
         objects = {key: row for row, key in enumerate(index.objects.keys)}
@@ -301,6 +322,7 @@ class Checkpoint:
             self._index,
             self._storage,
             allowed=self._allowed,
+            finder=self._finder,
             threads=self._threads,
             quick=quick,
             progress=progress,
@@ -323,7 +345,13 @@ class Checkpoint:
         self._check_open()
         if self._place is None:
             raise TypeError(f"{self!r} cannot be pickled: it was not opened by a path")
-        return _reopen, (self._place, self._allowed, self._verify, self._threads)
+        return _reopen, (
+            self._place,
+            self._allowed,
+            self._verify,
+            self._threads,
+            self._transforms,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -371,6 +399,7 @@ class Checkpoint:
             ],
             threads=self._threads,
             verify=self._verify,
+            finder=self._finder,
         )
         return [sink.array() for sink in sinks]
 
@@ -385,6 +414,7 @@ class Checkpoint:
             factory=NumpyFactory(),
             allowed=self._allowed,
             verify=self._verify,
+            finder=self._finder,
         )
         for row, value in values:
             # What came with the index is the index's own: nobody may change it there.

@@ -19,6 +19,7 @@ from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.planning.validate import find_problems
 from shardpoint.storage import Storage
+from shardpoint.transforms import TransformFinder
 
 __all__ = ["Progress", "VerifyReport", "file_sizes", "verify_index"]
 
@@ -75,6 +76,7 @@ def verify_index(
     storage: Storage,
     *,
     allowed: Mapping[str, Callable[..., Any]],
+    finder: TransformFinder,
     threads: int,
     quick: bool,
     progress: Progress | None,
@@ -92,11 +94,11 @@ def verify_index(
         wrong = {problem.key for problem in problems if problem.key is not None}
         missing = {name for name, size in sizes.items() if size is None}
         readable = _readable_chunks(index, missing, wrong)
-        for count, nbytes, found in _read_all(index, storage, readable, threads, progress):
+        for count, nbytes, found in _read_all(index, storage, readable, finder, threads, progress):
             chunks_read += count
             bytes_read += nbytes
             problems += found
-        problems += _object_problems(index, storage, allowed)
+        problems += _object_problems(index, storage, allowed, finder)
     return VerifyReport(
         problems=tuple(dict.fromkeys(problems)),
         tensors=len(index.tensors),
@@ -166,6 +168,7 @@ def _read_all(
     index: CheckpointIndex,
     storage: Storage,
     chunks: Sequence[int],
+    finder: TransformFinder,
     threads: int,
     progress: Progress | None,
 ) -> Iterator[tuple[int, int, list[Problem]]]:
@@ -173,35 +176,43 @@ def _read_all(
     total = sum(_chunk_bytes(index, chunk) for chunk in chunks) if progress is not None else 0
     done = 0
     for batch in _batches(index, chunks):
-        yield _read_chunks(index, storage, batch, threads)
+        yield _read_chunks(index, storage, batch, finder, threads)
         if progress is not None:
             done += sum(_chunk_bytes(index, chunk) for chunk in batch)
             progress(done, total)
 
 
 def _read_chunks(
-    index: CheckpointIndex, storage: Storage, batch: Sequence[int], threads: int
+    index: CheckpointIndex,
+    storage: Storage,
+    batch: Sequence[int],
+    finder: TransformFinder,
+    threads: int,
 ) -> tuple[int, int, list[Problem]]:
     """Read whole chunks; return how many, their bytes, and what was wrong.
 
     The first failure ends a read, so a batch that fails is read again, chunk by chunk.
     """
     try:
-        return len(batch), _read_whole(index, storage, batch, threads), []
+        return len(batch), _read_whole(index, storage, batch, finder, threads), []
     except ShardpointError as error:
         if len(batch) == 1:
             return 1, 0, _chunk_problems(index, batch[0], error)
     nbytes = 0
     problems = []
     for chunk in batch:
-        _, read, found = _read_chunks(index, storage, [chunk], threads)
+        _, read, found = _read_chunks(index, storage, [chunk], finder, threads)
         nbytes += read
         problems += found
     return len(batch), nbytes, problems
 
 
 def _read_whole(
-    index: CheckpointIndex, storage: Storage, batch: Sequence[int], threads: int
+    index: CheckpointIndex,
+    storage: Storage,
+    batch: Sequence[int],
+    finder: TransformFinder,
+    threads: int,
 ) -> int:
     """Read whole chunks and return how many bytes that took."""
     alone = chunks_alone(index, batch)
@@ -210,7 +221,9 @@ def _read_whole(
         sizes = alone.tensors.shape_of(row)
         sink = NewArraySink(alone.tensors.dtype_of(row), sizes, key=key)
         requests.append(ReadRequest(tensor=row, offsets=(0,) * len(sizes), sizes=sizes, sink=sink))
-    return read_tensors(alone, storage, requests, threads=threads, verify=True).bytes_read
+    return read_tensors(
+        alone, storage, requests, threads=threads, verify=True, finder=finder
+    ).bytes_read
 
 
 def _chunk_problems(index: CheckpointIndex, chunk: int, error: ShardpointError) -> list[Problem]:
@@ -240,7 +253,10 @@ def _problem(error: ShardpointError, key: str, file: str | None, offset: int | N
 
 
 def _object_problems(
-    index: CheckpointIndex, storage: Storage, allowed: Mapping[str, Callable[..., Any]]
+    index: CheckpointIndex,
+    storage: Storage,
+    allowed: Mapping[str, Callable[..., Any]],
+    finder: TransformFinder,
 ) -> list[Problem]:
     objects = index.objects
     failures: dict[int, ShardpointError] = {}
@@ -252,6 +268,7 @@ def _object_problems(
         allowed=allowed,
         verify=True,
         failures=failures,
+        finder=finder,
     )
     for _ in values:
         pass  # decoding them is the check

@@ -24,7 +24,14 @@ from shardpoint.transforms import (
     Zstd,
 )
 
-__all__ = ["RegistryFinder", "check_extensions", "descriptors_of", "encoded"]
+__all__ = [
+    "Registry",
+    "RegistryFinder",
+    "StreamExtension",
+    "check_extensions",
+    "descriptors_of",
+    "encoded",
+]
 
 Blocks: TypeAlias = Iterable["bytes | bytearray | memoryview"]
 

@@ -27,6 +27,7 @@ from shardpoint.formats.object_decoder import (
 from shardpoint.formats.torch_record import object_record, read_object_pickle
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage.base import Storage
+from shardpoint.transforms import TransformFinder
 
 __all__ = ["TorchFactory", "object_pickle", "object_streams", "read_object", "write_object"]
 
@@ -94,7 +95,7 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
 
 
 def object_streams(
-    index: CheckpointIndex, storage: Storage, rows: Sequence[int]
+    index: CheckpointIndex, storage: Storage, rows: Sequence[int], *, finder: TransformFinder
 ) -> Iterator[tuple[int, io.BytesIO]]:
     """Yield rows of objects with their records, as planners expect them.
 
@@ -105,7 +106,7 @@ def object_streams(
     for row in given:
         yield row, write_object(_to_torch(values[keys[row]]))
     stored = [row for row in rows if keys[row] not in values]
-    for row, record in read_object_records(index, storage, stored):
+    for row, record in read_object_records(index, storage, stored, finder=finder):
         yield row, io.BytesIO(record)
 
 

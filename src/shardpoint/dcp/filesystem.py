@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.futures import Future
 
+from shardpoint.dcp._extensions import Registry, RegistryFinder
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import object_streams
@@ -299,6 +300,9 @@ class FileSystemReader(StoragePlace, StorageReader):
     ----------
     path
         The folder or file; or its URL.
+    _extension_registry
+        An `ExtensionRegistry`, ours or torch's, with the extensions that the checkpoint was
+        written with beyond those every registry has.
     verify
         Compare what is read with its checksums, where whole records are read.
     thread_count
@@ -310,11 +314,13 @@ class FileSystemReader(StoragePlace, StorageReader):
     def __init__(
         self,
         path: str | os.PathLike[str],
+        _extension_registry: Registry | None = None,
         *,
         verify: bool = True,
         thread_count: int | None = None,
         allowed: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
+        self.finder = RegistryFinder(_extension_registry)
         self.verify = verify
         self.allowed = allowed
         self.thread_count = thread_count or min(4, os.cpu_count() or 1)
@@ -383,7 +389,7 @@ class FileSystemReader(StoragePlace, StorageReader):
         # objects first: one that may not be decoded is found before any tensor is changed
         rows = {key: row for row, key in enumerate(index.objects.keys)}
         items = {rows[item.storage_index.fqn]: item for item in objects}
-        for row, stream in object_streams(index, self.storage, list(items)):
+        for row, stream in object_streams(index, self.storage, list(items), finder=self.finder):
             planner.load_bytes(items[row], stream)
         statistics = read_tensors(
             index,
@@ -391,6 +397,7 @@ class FileSystemReader(StoragePlace, StorageReader):
             requests_for(index, tensors, planner),
             threads=self.thread_count,
             verify=self.verify,
+            finder=self.finder,
         )
         object_bytes = int(index.objects.record_length[list(items)].sum())
         self.statistics = replace(statistics, bytes_read=statistics.bytes_read + object_bytes)

@@ -19,7 +19,7 @@ from shardpoint.formats.object_decoder import ObjectFactory, decode_object
 from shardpoint.formats.torch_record import read_object_pickle
 from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.storage import Storage
-from shardpoint.transforms import Transforms, decode
+from shardpoint.transforms import TransformFinder, Transforms, decode
 
 __all__ = ["read_object", "read_object_records", "read_objects"]
 
@@ -36,6 +36,7 @@ def read_object_records(
     rows: Sequence[int],
     *,
     failures: Failures | None = None,
+    finder: TransformFinder | None = None,
 ) -> Iterator[tuple[int, bytes]]:
     """Read the torch.save records of objects, transforms undone; neighbours in one read.
 
@@ -46,6 +47,8 @@ def read_object_records(
     failures
         Gets the error of each object that cannot be read, and the others are read. Without
         it the first such error is raised.
+    finder
+        Knows how transforms are undone; None knows those of shardpoint that need no key.
 
     Yields
     ------
@@ -61,6 +64,7 @@ def read_object_records(
     FormatError, UnsafePathError, LimitExceededError, NotSupportedError, StorageError
     """
     objects = index.objects
+    finder = Transforms() if finder is None else finder
     placed = []
     for row in rows:
         try:
@@ -74,7 +78,7 @@ def read_object_records(
         for group in _groups(index, placed):
             for row, record in _stored_records(index, files, group, failures):
                 try:
-                    decoded = _decoded(index, row, record)
+                    decoded = _decoded(index, row, record, finder)
                 except ShardpointError as error:
                     _keep(failures, row, error)
                     continue
@@ -179,7 +183,7 @@ def _with_key(error: _Named, key: str) -> _Named:
     return named
 
 
-def _decoded(index: CheckpointIndex, row: int, record: bytes) -> bytes:
+def _decoded(index: CheckpointIndex, row: int, record: bytes, finder: TransformFinder) -> bytes:
     objects = index.objects
     transforms = index.transforms[int(objects.transform[row])]
     if not transforms:
@@ -187,7 +191,7 @@ def _decoded(index: CheckpointIndex, row: int, record: bytes) -> bytes:
     decoded = decode(
         transforms,
         record,
-        finder=Transforms(),
+        finder=finder,
         max_size=max(_DECODED, _DECODED_RATIO * len(record)),
         key=objects.keys[row],
         file=index.files[int(objects.file[row])],
@@ -204,6 +208,7 @@ def read_objects(
     allowed: Mapping[str, Callable[..., Any]],
     verify: bool,
     failures: Failures | None = None,
+    finder: TransformFinder | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Read several objects, neighbours in one read; parameters and errors as `read_object`.
 
@@ -212,6 +217,8 @@ def read_objects(
     failures
         Gets the error of each object that cannot be read, and the others are read. Without
         it the first such error is raised.
+    finder
+        Knows how transforms are undone; None knows those of shardpoint that need no key.
 
     Yields
     ------
@@ -225,7 +232,9 @@ def read_objects(
             yield row, objects.values[objects.keys[row]]
         else:
             stored.append(row)
-    for row, record in read_object_records(index, storage, stored, failures=failures):
+    for row, record in read_object_records(
+        index, storage, stored, failures=failures, finder=finder
+    ):
         try:
             value = _value(index, row, record, factory=factory, allowed=allowed, verify=verify)
         except ShardpointError as error:
