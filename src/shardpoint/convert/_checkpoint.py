@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from shardpoint.convert._reading import Allowed, Source, default_threads, flat_bytes
@@ -12,6 +12,7 @@ from shardpoint.engine import committing
 from shardpoint.engine.alone import chunks_alone
 from shardpoint.engine.sources import RecordSource
 from shardpoint.engine.writing import write_file
+from shardpoint.engine.written import WrittenRecords
 from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.formats.torch_record import TensorRecordLayout, object_record
 from shardpoint.formats.value_pickling import pickle_value, tensor_bytes
@@ -70,8 +71,8 @@ def to_checkpoint(
     records = _object_records(opened)
     objects = len(records)
     records += [_chunk_record(opened, chunk) for chunk in range(len(opened.index.chunks))]
-    spans = write_file(storage, name, records, sync=sync)
-    index = _written(opened.index, name, spans, objects, os.fspath(target))
+    written = write_file(storage, name, records, sync=sync)
+    index = _written(opened.index, name, written, objects, os.fspath(target))
     try:
         committing.commit(storage, committing.METADATA_NAME, write_metadata(index), sync=sync)
     except BaseException:
@@ -122,7 +123,7 @@ class _ChunkSource:
 def _written(
     old: CheckpointIndex,
     file: str,
-    spans: Sequence[tuple[int, int]],
+    written: WrittenRecords,
     object_count: int,
     place: Any,
 ) -> CheckpointIndex:
@@ -136,16 +137,22 @@ def _written(
                 offsets=tuple(old.chunks.offsets[chunk, : len(shape)].tolist()),
                 sizes=tuple(old.chunks.sizes[chunk, : len(shape)].tolist()),
                 file=file,
-                record_offset=spans[object_count + chunk][0],
-                record_length=spans[object_count + chunk][1],
+                record_offset=int(written.offset[object_count + chunk]),
+                record_length=int(written.length[object_count + chunk]),
                 container=Container.TORCH_RECORD,
+                payload_offset=int(written.payload_offset[object_count + chunk]),
+                payload_length=int(written.payload_length[object_count + chunk]),
+                checksum=int(written.payload_checksum[object_count + chunk]),
             )
             for chunk in range(first, last)
         ]
         requires_grad = bool(old.tensors.requires_grad[row])
         dtype = old.tensors.dtype_of(row)
         tensors.append(TensorEntry(key, dtype, shape, chunks, requires_grad=requires_grad))
-    objects = [ObjectEntry(key, file, *spans[row]) for row, key in enumerate(old.objects.keys)]
+    objects = [
+        ObjectEntry(key, file, int(written.offset[row]), int(written.length[row]))
+        for row, key in enumerate(old.objects.keys)
+    ]
     return build_index(
         tensors,
         objects,
