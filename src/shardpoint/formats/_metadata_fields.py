@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from shardpoint.dtypes import DType
 from shardpoint.errors import FormatError, LimitExceededError, NotSupportedError
-from shardpoint.formats._metadata_pickle import (
+from shardpoint.formats._metadata_records import (
     BytesRecord,
     ChunkRecord,
     IndexRecord,
@@ -25,7 +25,7 @@ from shardpoint.formats._metadata_pickle import (
 from shardpoint.formats._pickle_guards import DEFAULT_LIMITS, describe
 from shardpoint.formats._planner_data import split_planner_data
 
-__all__ = ["MetadataFields", "Place", "TensorFields", "check_metadata"]
+__all__ = ["Checker", "MetadataFields", "Place", "TensorFields", "check_metadata"]
 
 _R = TypeVar("_R", bound=Record)
 
@@ -76,7 +76,7 @@ class MetadataFields:
     version: str | None
 
 
-class _Checker:
+class Checker:
     """Checks one file's metadata; every complaint names the file and the key."""
 
     def __init__(self, file: str) -> None:
@@ -136,23 +136,49 @@ class _Checker:
             self.fail(f"{what} is {describe(value)}, not a bool", key)
         return value
 
+    def entries(self, record: Any) -> tuple[dict[str, Any], dict[Any, Any]]:
+        """Return the fields of a ``Metadata``, and of them ``state_dict_metadata``."""
+        state = self.fields(record, MetadataRecord, "the metadata", None)
+        entries = state.get("state_dict_metadata")
+        if type(entries) is not dict:
+            self.fail(f"state_dict_metadata is {describe(entries)}, not a dict")
+        return state, entries
+
+    def is_object(self, key: Any, entry: Any) -> bool:
+        """Return whether an entry of ``state_dict_metadata`` is an object."""
+        self.text(key, "a key of state_dict_metadata", None)
+        if type(entry) is not BytesRecord:
+            return False
+        self.fields(entry, BytesRecord, "the object", key)
+        return True
+
+    def whole(
+        self,
+        state: Mapping[str, Any],
+        entries: Mapping[str, Any],
+        tensors: list[TensorFields],
+        objects: dict[str, Place | None],
+    ) -> MetadataFields:
+        """Return all that there is, the remaining fields checked."""
+        version = state.get("version")
+        paths, planner_data = split_planner_data(
+            state.get("planner_data"), keys=entries, source=f"file {self.file!r}"
+        )
+        return MetadataFields(
+            file=self.file,
+            key_order=list(entries),
+            tensors=tensors,
+            objects=objects,
+            paths=paths,
+            planner_data=planner_data,
+            storage_meta=self.storage_meta(state.get("storage_meta")),
+            version=None if version is None else self.text(version, "version", None),
+        )
+
     def tensor(self, key: str, record: Any) -> TensorFields:
-        state = self.fields(record, TensorRecord, "the tensor", key)
-        shape = self.numbers(state.get("size"), "size", key)
-        tensor = self.properties(key, state.get("properties"), shape)
-        chunks = state.get("chunks")
-        if type(chunks) is not list:
-            self.fail(f"chunks is {describe(chunks)}, not a list", key)
+        tensor, chunks = self.tensor_and_chunks(key, record)
         for position, chunk in enumerate(chunks):
-            box = self.fields(chunk, ChunkRecord, f"chunk {position}", key)
-            offsets = self.numbers(box.get("offsets"), f"offsets of chunk {position}", key)
-            sizes = self.numbers(box.get("sizes"), f"sizes of chunk {position}", key)
-            if not len(offsets) == len(sizes) == len(shape):
-                self.fail(
-                    f"chunk {position} has offsets {offsets} and sizes {sizes}, "
-                    f"but the tensor has shape {shape}",
-                    key,
-                )
+            offsets, sizes = self.box(tensor, position, chunk)
             tensor.offsets.append(offsets)
             tensor.sizes.append(sizes)
             place = self.by_offset.get((key, offsets))
@@ -162,6 +188,30 @@ class _Checker:
                     place = self.by_position.get((key, None))
             tensor.places.append(place)
         return tensor
+
+    def tensor_and_chunks(self, key: str, record: Any) -> tuple[TensorFields, list[Any]]:
+        """Return a tensor without its chunks, and these, unchecked."""
+        state = self.fields(record, TensorRecord, "the tensor", key)
+        shape = self.numbers(state.get("size"), "size", key)
+        tensor = self.properties(key, state.get("properties"), shape)
+        chunks = state.get("chunks")
+        if type(chunks) is not list:
+            self.fail(f"chunks is {describe(chunks)}, not a list", key)
+        return tensor, chunks
+
+    def box(self, tensor: TensorFields, position: int, chunk: Any) -> tuple[_Offsets, _Offsets]:
+        """Return offsets and sizes of a chunk."""
+        key = tensor.key
+        box = self.fields(chunk, ChunkRecord, f"chunk {position}", key)
+        offsets = self.numbers(box.get("offsets"), f"offsets of chunk {position}", key)
+        sizes = self.numbers(box.get("sizes"), f"sizes of chunk {position}", key)
+        if not len(offsets) == len(sizes) == len(tensor.shape):
+            self.fail(
+                f"chunk {position} has offsets {offsets} and sizes {sizes}, "
+                f"but the tensor has shape {tensor.shape}",
+                key,
+            )
+        return offsets, sizes
 
     def properties(self, key: str, record: Any, shape: tuple[int, ...]) -> TensorFields:
         if type(record) is not PropertiesRecord:
@@ -192,22 +242,38 @@ class _Checker:
         )
 
     def storage_data(self, value: Any) -> None:
+        for index, record in self.storage_items(value):
+            key, offset, position, place = self.entry(index, record)
+            if offset is not None:
+                self.by_offset[key, offset] = place
+            else:
+                self.by_position[key, position] = place
+
+    def storage_items(self, value: Any) -> Iterable[tuple[Any, Any]]:
+        """Return keys and values of ``storage_data``."""
         if value is None:
-            return
+            return ()
         if type(value) is not dict:
             self.fail(f"storage_data is {describe(value)}, not a dict")
-        for index, record in value.items():
-            entry = self.fields(index, IndexRecord, "a key of storage_data", None)
-            key = self.text(entry.get("fqn"), "fqn of a key of storage_data", None)
-            place = self.place(key, record)
-            offset = entry.get("offset")
-            if offset is not None:
-                self.by_offset[key, self.numbers(offset, "offset of its index", key)] = place
-                continue
-            position = entry.get("index")
-            if position is not None:
-                self.number(position, "index of its index", key)
-            self.by_position[key, position] = place
+        return value.items()
+
+    def entry(
+        self, index: Any, record: Any
+    ) -> tuple[str, tuple[int, ...] | None, int | None, Place]:
+        """Return key, offset, position in the tensor's list, and place."""
+        entry = self.fields(index, IndexRecord, "a key of storage_data", None)
+        key = self.text(entry.get("fqn"), "fqn of a key of storage_data", None)
+        place = self.place(key, record)
+        offset = entry.get("offset")
+        position = entry.get("index")
+        if offset is not None:
+            # The position is then no more than a hint.
+            known = type(position) is int and 0 <= position <= _HIGHEST
+            numbers = self.numbers(offset, "offset of its index", key)
+            return key, numbers, position if known else None, place
+        if position is not None:
+            self.number(position, "index of its index", key)
+        return key, None, position, place
 
     def place(self, key: str, record: Any) -> Place:
         state = self.fields(record, StorageRecord, "its storage entry", key)
@@ -257,33 +323,15 @@ def check_metadata(record: MetadataRecord, *, file: str) -> MetadataFields:
     FormatError
         If a field has another type than torch gives it; the error names key and file.
     """
-    checker = _Checker(file)
-    state = checker.fields(record, MetadataRecord, "the metadata", None)
-    entries = state.get("state_dict_metadata")
-    if type(entries) is not dict:
-        checker.fail(f"state_dict_metadata is {describe(entries)}, not a dict")
+    checker = Checker(file)
+    state, entries = checker.entries(record)
     checker.storage_data(state.get("storage_data"))
     tensors: list[TensorFields] = []
     objects: dict[str, Place | None] = {}
     for key, entry in entries.items():
-        checker.text(key, "a key of state_dict_metadata", None)
-        if type(entry) is BytesRecord:
-            checker.fields(entry, BytesRecord, "the object", key)
+        if checker.is_object(key, entry):
             place = checker.by_position.get((key, None))
             objects[key] = place if place is not None else checker.by_position.get((key, 0))
         else:
             tensors.append(checker.tensor(key, entry))
-    version = state.get("version")
-    paths, planner_data = split_planner_data(
-        state.get("planner_data"), keys=entries, source=f"file {file!r}"
-    )
-    return MetadataFields(
-        file=file,
-        key_order=list(entries),
-        tensors=tensors,
-        objects=objects,
-        paths=paths,
-        planner_data=planner_data,
-        storage_meta=checker.storage_meta(state.get("storage_meta")),
-        version=None if version is None else checker.text(version, "version", None),
-    )
+    return checker.whole(state, entries, tensors, objects)

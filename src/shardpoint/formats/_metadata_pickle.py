@@ -11,123 +11,31 @@ from typing import Any
 
 from shardpoint.dtypes import BY_NAME
 from shardpoint.errors import ForbiddenContentError, FormatError, NotSupportedError
+from shardpoint.formats._metadata_records import (
+    SIZE,
+    BytesRecord,
+    ChunkRecord,
+    Function,
+    IndexRecord,
+    Layout,
+    MemoryFormat,
+    MetadataRecord,
+    PropertiesRecord,
+    Record,
+    StorageMetaRecord,
+    StorageRecord,
+    TensorRecord,
+)
 from shardpoint.formats._pickle_guards import Limits, WorkBudget, describe
-from shardpoint.formats.pickle_machine import run_pickle
+from shardpoint.formats.pickle_machine import Runs, run_pickle
 
-__all__ = [
-    "BytesRecord",
-    "ChunkRecord",
-    "IndexRecord",
-    "Layout",
-    "MemoryFormat",
-    "MetadataRecord",
-    "PropertiesRecord",
-    "Record",
-    "StorageMetaRecord",
-    "StorageRecord",
-    "TensorRecord",
-    "load_metadata_pickle",
-]
+__all__ = ["load_metadata_pickle"]
 
 
-class Record:
-    """An instance of a torch class: what BUILD gave it, unchecked."""
-
-    __slots__ = ("state",)
-    torch_name = ""
-
-    def __init__(self) -> None:
-        self.state: Any = None
-
-
-class MetadataRecord(Record):
-    """``Metadata``."""
-
-    __slots__ = ()
-    torch_name = "Metadata"
-
-
-class TensorRecord(Record):
-    """``TensorStorageMetadata``."""
-
-    __slots__ = ()
-    torch_name = "TensorStorageMetadata"
-
-
-class PropertiesRecord(Record):
-    """``TensorProperties``; its state is a tuple."""
-
-    __slots__ = ()
-    torch_name = "TensorProperties"
-
-
-class ChunkRecord(Record):
-    """``ChunkStorageMetadata``."""
-
-    __slots__ = ()
-    torch_name = "ChunkStorageMetadata"
-
-
-class BytesRecord(Record):
-    """``BytesStorageMetadata``."""
-
-    __slots__ = ()
-    torch_name = "BytesStorageMetadata"
-
-
-class IndexRecord(Record):
-    """``MetadataIndex``."""
-
-    __slots__ = ()
-    torch_name = "MetadataIndex"
-
-
-class StorageMetaRecord(Record):
-    """``StorageMeta``."""
-
-    __slots__ = ()
-    torch_name = "StorageMeta"
-
-
-class StorageRecord(Record):
-    """``_StorageInfo``."""
-
-    __slots__ = ()
-    torch_name = "_StorageInfo"
-
-
-class Layout:
-    """A ``torch.layout``."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class MemoryFormat:
-    """A ``_MEM_FORMAT_ENCODING``."""
-
-    __slots__ = ("code",)
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
-class _Function:
-    """A name that REDUCE may call."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-_SIZE = _Function("torch.Size")
-_GET_LAYOUT = _Function("torch.serialization._get_layout")
-_MEMORY_FORMAT = _Function("_MEM_FORMAT_ENCODING")
-_POSIX_PATH = _Function("pathlib.PosixPath")
-_WINDOWS_PATH = _Function("pathlib.WindowsPath")
+_GET_LAYOUT = Function("torch.serialization._get_layout")
+_MEMORY_FORMAT = Function("_MEM_FORMAT_ENCODING")
+_POSIX_PATH = Function("pathlib.PosixPath")
+_WINDOWS_PATH = Function("pathlib.WindowsPath")
 
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 _SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"
@@ -148,7 +56,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     (_SHARDED_TENSOR, "TensorProperties"): PropertiesRecord,
     (_CHECKPOINT, "_MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
     (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
-    ("torch", "Size"): _SIZE,
+    ("torch", "Size"): SIZE,
     ("torch.serialization", "_get_layout"): _GET_LAYOUT,
     **{
         (module, f"{kind}Path"): function
@@ -186,7 +94,7 @@ class _MetadataResolver:
         )
 
     def reduce(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        if function is _SIZE:
+        if function is SIZE:
             # The numbers themselves are checked where they are put into columns, all at once.
             if len(arguments) == 1 and type(arguments[0]) is tuple:
                 return arguments[0]
@@ -209,7 +117,7 @@ class _MetadataResolver:
             f"{', '.join(map(describe, arguments[:4])) or 'nothing'}"
         )
 
-    def _path(self, function: _Function, arguments: tuple[Any, ...]) -> PurePath:
+    def _path(self, function: Function, arguments: tuple[Any, ...]) -> PurePath:
         if not all(type(part) is str for part in arguments):
             raise FormatError(f"{self.source}: a path has parts that are no str")
         self.budget.spend(sum(map(len, arguments)))
@@ -238,8 +146,17 @@ _DTYPE_PREFIXES = ("bits", "float", "int", "qint", "quint", "uint")
 _LIMITS = Limits(max_depth=None)
 
 
-def load_metadata_pickle(data: bytes | bytearray | memoryview, *, source: str) -> MetadataRecord:
+def load_metadata_pickle(data: bytes, *, source: str, runs: Runs | None = None) -> MetadataRecord:
     """Interpret a ``.metadata`` pickle.
+
+    Parameters
+    ----------
+    data
+        The pickle.
+    source
+        Where it comes from; errors begin with it.
+    runs
+        What takes chunks and their places by the thousands, if anything does.
 
     Raises
     ------
@@ -250,7 +167,7 @@ def load_metadata_pickle(data: bytes | bytearray | memoryview, *, source: str) -
     """
     budget = WorkBudget(len(data), source=source, limits=_LIMITS)
     resolver = _MetadataResolver(source, budget)
-    value, position = run_pickle(data, resolver, source=source, limits=_LIMITS)
+    value, position = run_pickle(data, resolver, source=source, limits=_LIMITS, runs=runs)
     if type(value) is not MetadataRecord:
         found = value.torch_name if isinstance(value, Record) else describe(value)
         raise FormatError(f"{source}: holds {found}, not a Metadata")

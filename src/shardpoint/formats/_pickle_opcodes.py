@@ -16,28 +16,72 @@ from shardpoint.errors import FormatError, LimitExceededError
 from shardpoint.formats._pickle_guards import WorkBudget, describe
 
 if TYPE_CHECKING:
-    from shardpoint.formats.pickle_machine import Resolver
+    from shardpoint.formats.pickle_machine import Resolver, Runs
 
-__all__ = ["COLD_OPCODES", "REFUSED_OPCODES", "Machine", "set_items"]
+__all__ = ["COLD_OPCODES", "REFUSED_OPCODES", "Machine", "RunsRefused", "set_items"]
 
 _Handler = Callable[["Machine", int], int]
 
 _HIGHEST_PROTOCOL = 5
 
 
+class RunsRefused(Exception):
+    """Something needs single steps where a run was taken: the caller interprets anew without.
+
+    It never leaves the readers, and is no error of the pickle.
+    """
+
+
+class _Memo(dict[int, Any]):
+    """A memo of which some slots lie in runs."""
+
+    __slots__ = ("runs",)
+
+    def __init__(self, runs: Runs) -> None:
+        super().__init__()
+        self.runs = runs
+
+    def __missing__(self, slot: int) -> Any:
+        return self.runs.fetch(slot)
+
+
 class Machine:
-    """Stack, marks and memo of one run."""
+    """Stack, marks and memo of one run.
 
-    __slots__ = ("budget", "data", "marks", "memo", "resolver", "source", "stack")
+    `skipped` is the number of memo slots that lie in runs, hence not in `memo`; `puts` tells
+    whether anything has put a value at a slot that it chose itself.
+    """
 
-    def __init__(self, data: bytes, resolver: Resolver, *, source: str, budget: WorkBudget) -> None:
+    __slots__ = (
+        "budget",
+        "data",
+        "marks",
+        "memo",
+        "puts",
+        "resolver",
+        "skipped",
+        "source",
+        "stack",
+    )
+
+    def __init__(
+        self,
+        data: bytes,
+        resolver: Resolver,
+        *,
+        source: str,
+        budget: WorkBudget,
+        runs: Runs | None,
+    ) -> None:
         self.data = data
         self.resolver = resolver
         self.source = source
         self.budget = budget
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[int, Any] = {} if runs is None else _Memo(runs)
+        self.skipped = 0
+        self.puts = False
 
     def pop_mark(self) -> list[Any]:
         """Take everything above the last mark off the stack."""
@@ -71,6 +115,9 @@ class Machine:
             raise LimitExceededError(
                 f"{self.source}: memo index {index} in a pickle of {len(self.data)} bytes"
             )
+        if self.skipped:
+            raise RunsRefused
+        self.puts = True
         self.memo[index] = self.stack[-1]
 
 

@@ -15,19 +15,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardpoint.errors import FormatError
+from shardpoint.errors import FormatError, ShardpointError
 from shardpoint.formats._metadata_fields import (
     MetadataFields,
     Place,
     TensorFields,
     check_metadata,
 )
+from shardpoint.formats._metadata_joining import JoinedMetadata, join_runs
 from shardpoint.formats._metadata_pickle import load_metadata_pickle
+from shardpoint.formats._metadata_runs import MetadataRuns
 from shardpoint.formats._metadata_writing import write_metadata
+from shardpoint.formats._pickle_opcodes import RunsRefused
 from shardpoint.index import NO_FILE, CheckpointIndex, Chunks, Container, Objects, Tensors
 
 __all__ = ["read_metadata", "read_per_rank_metadata", "write_metadata"]
 
+_HAS_RUNS = 1 << 15  # bytes of metadata: below, vector operations gain nothing
 _LARGE = 1 << 20  # bytes of metadata: some thousands of chunks
 
 
@@ -58,6 +62,9 @@ def read_metadata(data: bytes | bytearray | memoryview, *, file: str) -> Checkpo
         If a tensor has a dtype or layout that shardpoint does not know.
     """
     with _no_collection(len(data)):
+        index = _read_by_runs(bytes(data), file) if len(data) >= _HAS_RUNS else None
+        if index is not None:
+            return index
         fields = _read_fields(data, file)
         return _to_columns(fields, source="dcp", metadata_files=[file])
 
@@ -110,7 +117,25 @@ def _no_collection(size: int) -> Iterator[None]:
 
 
 def _read_fields(data: bytes | bytearray | memoryview, file: str) -> MetadataFields:
-    return check_metadata(load_metadata_pickle(data, source=f"file {file!r}"), file=file)
+    return check_metadata(load_metadata_pickle(bytes(data), source=f"file {file!r}"), file=file)
+
+
+def _read_by_runs(data: bytes, file: str) -> CheckpointIndex | None:
+    """Read a pickle with the help of its runs; None if it has none, or anything is odd.
+
+    Then it is read step by step, which gives the result or the error that counts.
+    """
+    runs = MetadataRuns(data)
+    try:
+        record = load_metadata_pickle(data, source=f"file {file!r}", runs=runs)
+        if runs.taken:
+            return _from_joined(join_runs(record, runs, file=file), metadata_files=[file])
+    except RunsRefused:
+        return None
+    except ShardpointError:
+        if not runs.taken:
+            raise
+    return None
 
 
 def _rank_order(name: str) -> tuple[bool, int, str]:
@@ -217,13 +242,41 @@ def _to_columns(
     fields: MetadataFields, *, source: str, metadata_files: Sequence[str]
 ) -> CheckpointIndex:
     tensors = fields.tensors
-    counts = np.array([len(t.offsets) for t in tensors], np.int64)
     axes = max((len(t.shape) for t in tensors), default=0)
     places = _Places()
     chunk_places = places.columns(chain.from_iterable(t.places for t in tensors))
     object_places = places.columns(fields.objects.values())
     if len(places.transforms) > np.iinfo(np.int16).max:
         raise FormatError(f"file {fields.file!r}: too many different transforms")
+    return _index(
+        fields,
+        counts=np.array([len(t.offsets) for t in tensors], np.int64),
+        offsets=_padded([o for t in tensors for o in t.offsets], axes, 0),
+        sizes=_padded([s for t in tensors for s in t.sizes], axes, 1),
+        chunk_places=chunk_places,
+        object_places=object_places,
+        files=list(places.files),
+        transforms=list(places.transforms),
+        source=source,
+        metadata_files=metadata_files,
+    )
+
+
+def _index(
+    fields: MetadataFields,
+    *,
+    counts: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    chunk_places: npt.NDArray[np.int64],
+    object_places: npt.NDArray[np.int64],
+    files: Sequence[str],
+    transforms: Sequence[tuple[str, ...]],
+    source: str,
+    metadata_files: Sequence[str],
+) -> CheckpointIndex:
+    tensors = fields.tensors
+    axes = max((len(t.shape) for t in tensors), default=0)
     return CheckpointIndex(
         tensors=Tensors(
             keys=[t.key for t in tensors],
@@ -237,8 +290,8 @@ def _to_columns(
         ),
         chunks=Chunks(
             tensor=np.repeat(np.arange(len(tensors), dtype=np.int64), counts),
-            offsets=_padded([o for t in tensors for o in t.offsets], axes, 0),
-            sizes=_padded([s for t in tensors for s in t.sizes], axes, 1),
+            offsets=offsets,
+            sizes=sizes,
             file=chunk_places[:, 0].astype(np.int32),
             record_offset=chunk_places[:, 1].copy(),
             record_length=chunk_places[:, 2].copy(),
@@ -246,8 +299,8 @@ def _to_columns(
             transform=chunk_places[:, 3].astype(np.int16),
         ),
         objects=_object_columns(fields.objects, object_places),
-        files=list(places.files),
-        transforms=list(places.transforms),
+        files=files,
+        transforms=transforms,
         key_order=fields.key_order,
         paths=fields.paths,
         planner_data=fields.planner_data,
@@ -255,6 +308,24 @@ def _to_columns(
         version=fields.version,
         source=source,
         metadata_files=list(metadata_files),
+    )
+
+
+def _from_joined(joined: JoinedMetadata, *, metadata_files: Sequence[str]) -> CheckpointIndex:
+    fields = joined.fields
+    if len(joined.transforms) > np.iinfo(np.int16).max:
+        raise FormatError(f"file {fields.file!r}: too many different transforms")
+    return _index(
+        fields,
+        counts=joined.counts,
+        offsets=joined.offsets,
+        sizes=joined.sizes,
+        chunk_places=joined.chunk_places,
+        object_places=joined.object_places,
+        files=joined.files,
+        transforms=joined.transforms,
+        source="dcp",
+        metadata_files=metadata_files,
     )
 
 

@@ -18,7 +18,7 @@ from shardpoint.errors import ForbiddenContentError, FormatError, ShardpointErro
 from shardpoint.formats._pickle_guards import DEFAULT_LIMITS, Limits, WorkBudget, describe, measure
 from shardpoint.formats._pickle_opcodes import COLD_OPCODES, REFUSED_OPCODES, Machine, set_items
 
-__all__ = ["DEFAULT_LIMITS", "Limits", "Resolver", "run_pickle"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "Resolver", "Runs", "run_pickle"]
 
 _DAMAGE = (
     ArithmeticError,
@@ -61,12 +61,32 @@ class Resolver(Protocol):
         """Give what a persistent id stands for (BINPERSID)."""
 
 
+class Runs(Protocol):
+    """Takes many values at once where the same opcodes come again and again.
+
+    The machine offers the places where an instance is about to be made. What is taken there
+    must have the effect that the opcodes have, one by one; what cannot be had is had by
+    raising `RunsRefused` and interpreting the pickle again without.
+    """
+
+    def take(self, machine: Machine, position: int) -> int:
+        """Do what the opcodes from before `position` on do, and give the position after them.
+
+        The class is on top of the stack, the empty tuple of arguments is not yet. Slots of the
+        memo that are passed over are counted in `Machine.skipped`. 0: nothing was done.
+        """
+
+    def fetch(self, slot: int) -> Any:
+        """Give the value in a slot of the memo that was passed over, or raise KeyError."""
+
+
 def run_pickle(
     data: bytes | bytearray | memoryview,
     resolver: Resolver,
     *,
     source: str,
     limits: Limits = DEFAULT_LIMITS,
+    runs: Runs | None = None,
 ) -> tuple[Any, int]:
     """Interpret one pickle at the start of `data`.
 
@@ -80,6 +100,8 @@ def run_pickle(
         Where the pickle comes from; errors begin with it.
     limits
         Bounds of the result.
+    runs
+        What takes many values at once, if anything does.
 
     Returns
     -------
@@ -97,14 +119,14 @@ def run_pickle(
     """
     content = bytes(data)
     budget = WorkBudget(len(content), source=source, limits=limits)
-    machine = Machine(content, resolver, source=source, budget=budget)
-    value, position = _run(machine)
+    machine = Machine(content, resolver, source=source, budget=budget, runs=runs)
+    value, position = _run(machine, runs)
     if limits.max_depth is not None:
         measure(value, source=source, limits=limits)
     return value, position
 
 
-def _run(machine: Machine) -> tuple[Any, int]:
+def _run(machine: Machine, runs: Runs | None) -> tuple[Any, int]:
     """Run to STOP.
 
     An index has tens of millions of opcodes, so what its pickles are mostly made of stands here
@@ -117,7 +139,7 @@ def _run(machine: Machine) -> tuple[Any, int]:
     push, pop, integer, cold = stack.append, stack.pop, int.from_bytes, COLD_OPCODES
     resolver, budget = machine.resolver, machine.budget
     reduce, new_object, build = resolver.reduce, resolver.new_object, resolver.build
-    position = 0
+    position = skipped = 0
     try:
         while True:
             opcode = data[position]
@@ -132,15 +154,20 @@ def _run(machine: Machine) -> tuple[Any, int]:
                 push(data[position])
                 position += 1
             elif opcode == 0x94:  # MEMOIZE
-                memo[len(memo)] = stack[-1]
+                memo[len(memo) + skipped] = stack[-1]
             elif opcode == 0x71:  # BINPUT
                 machine.put(data[position])
                 position += 1
             elif opcode == 0x29:  # EMPTY_TUPLE
+                if runs is not None and data[position] == 0x81:
+                    after = runs.take(machine, position)
+                    if after:
+                        position, skipped = after, machine.skipped
+                        continue
                 if data[position : position + 5] == _NEW_INSTANCE:
-                    stack[-1] = memo[len(memo)] = new_object(stack[-1], (), {})
+                    stack[-1] = memo[len(memo) + skipped] = new_object(stack[-1], (), {})
                     fields: dict[Any, Any] = {}
-                    memo[len(memo)] = fields
+                    memo[len(memo) + skipped] = fields
                     push(fields)
                     marks.append(len(stack))
                     position += 5
@@ -150,10 +177,10 @@ def _run(machine: Machine) -> tuple[Any, int]:
                 second = pop()
                 stack[-1] = (stack[-1], second)
                 if data[position : position + 5] == _WRAP_AND_CALL:
-                    memo[len(memo)] = stack[-1]
+                    memo[len(memo) + skipped] = stack[-1]
                     arguments: tuple[Any, ...] = (pop(),)
-                    memo[len(memo)] = arguments
-                    stack[-1] = memo[len(memo)] = reduce(stack[-1], arguments)
+                    memo[len(memo) + skipped] = arguments
+                    stack[-1] = memo[len(memo) + skipped] = reduce(stack[-1], arguments)
                     position += 5
             elif opcode == 0x75:  # SETITEMS
                 items = machine.pop_mark()

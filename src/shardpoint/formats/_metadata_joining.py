@@ -1,0 +1,401 @@
+"""Chunks and their places, both largely in runs, to columns: no object for a chunk.
+
+What is checked is what `check_metadata` checks. Where something is wrong, or so unusual that
+vector operations would not serve, `RunsRefused` is raised: the metadata is then read without
+runs, which either works or names the fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shardpoint.formats._metadata_cursors import Int64s
+from shardpoint.formats._metadata_fields import Checker, MetadataFields, Place, TensorFields
+from shardpoint.formats._metadata_records import MetadataRecord
+from shardpoint.formats._metadata_runs import MetadataRuns, Run
+from shardpoint.formats._metadata_tables import ChunkColumns, StorageColumns
+from shardpoint.formats._metadata_values import TableValues
+from shardpoint.formats._pickle_opcodes import RunsRefused
+from shardpoint.index import NO_FILE
+
+__all__ = ["JoinedMetadata", "join_runs"]
+
+_NO_PLACE = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JoinedMetadata:
+    """A whole ``Metadata``, chunks in columns.
+
+    Attributes
+    ----------
+    fields
+        All but the chunks; the places of objects are in `object_places`.
+    counts
+        ``int64[t]``: chunks of each tensor.
+    offsets, sizes
+        ``int64[m, D]``, padded with 0 and 1.
+    chunk_places, object_places
+        ``int64[m, 4]``, ``int64[n, 4]``: file, offset, length, transform.
+    files, transforms
+        What the columns number.
+    """
+
+    fields: MetadataFields
+    counts: Int64s
+    offsets: Int64s
+    sizes: Int64s
+    chunk_places: Int64s
+    object_places: Int64s
+    files: list[str]
+    transforms: list[tuple[str, ...]]
+
+
+@dataclass(slots=True, eq=False)
+class _Entries:
+    """Entries of ``storage_data`` in their order: key, axes (-1: no offset), position, place."""
+
+    key: Int64s
+    axes: Int64s
+    offset: Int64s
+    position: Int64s
+    places: Int64s
+
+
+def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> JoinedMetadata:
+    """Check a ``Metadata`` that has runs in it, and find the place of each chunk.
+
+    Raises
+    ------
+    RunsRefused
+        If it must be read without runs.
+    ShardpointError
+        As `check_metadata`; the error without runs may be another.
+    """
+    checker = Checker(file)
+    values = TableValues(runs.data, runs.tables, runs.memo)
+    state, entries = checker.entries(record)
+    tensors: list[TensorFields] = []
+    chunk_lists: list[list[Any]] = []
+    object_keys: list[str] = []
+    for key, entry in entries.items():
+        if checker.is_object(key, entry):
+            object_keys.append(key)
+        else:
+            tensor, chunks = checker.tensor_and_chunks(key, entry)
+            tensors.append(tensor)
+            chunk_lists.append(chunks)
+    counts, offsets, sizes = _boxes(checker, values, tensors, chunk_lists)
+    storage = _storage(checker, values, state.get("storage_data"))
+    row_of = {tensor.key: row for row, tensor in enumerate(tensors)}
+    text_rows = np.array([row_of.get(text, -1) for text in values.texts], np.int64)
+    axes = np.array([len(tensor.shape) for tensor in tensors], np.int64)
+    with_offset = np.flatnonzero(storage.axes >= 0)
+    tensor_of = text_rows[storage.key[with_offset]] if len(with_offset) else with_offset
+    found = tensor_of >= 0
+    with_offset, tensor_of = with_offset[found], tensor_of[found]
+    found = storage.axes[with_offset] == axes[tensor_of]
+    with_offset, tensor_of = with_offset[found], tensor_of[found]
+    place_of = _match(
+        np.repeat(np.arange(len(tensors)), counts),
+        offsets,
+        counts,
+        tensor_of,
+        _fitted(storage.offset[with_offset], offsets.shape[1]),
+        storage.position[with_offset],
+    )
+    place_of = np.where(place_of >= 0, _at(with_offset, place_of), _NO_PLACE)
+    by_position = _by_position(values, storage)
+    _place_by_position(place_of, by_position, tensors, counts)
+    objects = [
+        by_position.get((key, None), by_position.get((key, 0), _NO_PLACE)) for key in object_keys
+    ]
+    all_places = _renumbered(
+        _at(storage.places, np.concatenate([place_of, np.array(objects, np.int64)])),
+        values,
+    )
+    fields = checker.whole(state, entries, tensors, dict.fromkeys(object_keys))
+    return JoinedMetadata(
+        fields,
+        counts,
+        offsets,
+        sizes,
+        all_places[0][: len(place_of)],
+        all_places[0][len(place_of) :],
+        all_places[1],
+        all_places[2],
+    )
+
+
+def _at(values: Int64s, positions: Int64s) -> Int64s:
+    """Return the values at positions; where a position is negative, a row of them."""
+    if len(values):
+        result = values[positions]
+    else:
+        result = np.zeros((len(positions), *values.shape[1:]), np.int64)
+    result[positions < 0] = _NO_PLACE
+    return result
+
+
+def _fitted(numbers: Int64s, axes: int) -> Int64s:
+    """Return rows of another width; what is cut off does not count."""
+    if numbers.shape[1] == axes:
+        return numbers
+    result = np.zeros((len(numbers), axes), np.int64)
+    both = min(axes, numbers.shape[1])
+    result[:, :both] = numbers[:, :both]
+    return result
+
+
+def _boxes(
+    checker: Checker,
+    values: TableValues,
+    tensors: Sequence[TensorFields],
+    chunk_lists: Sequence[Sequence[Any]],
+) -> tuple[Int64s, Int64s, Int64s]:
+    """Return the number of chunks of each tensor, and the offsets and sizes of all."""
+    columns: dict[int, tuple[Int64s, ...]] = {}
+    counts = np.array(
+        [
+            sum(chunk.last - chunk.first if type(chunk) is Run else 1 for chunk in chunks)
+            for chunks in chunk_lists
+        ],
+        np.int64,
+    )
+    total = int(counts.sum())
+    ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)
+    wide = int(ndim.max(initial=0))
+    offsets = np.zeros((total, wide), np.int64)
+    sizes = np.ones((total, wide), np.int64)
+    row = 0
+    for tensor, chunks in zip(tensors, chunk_lists, strict=True):
+        axes = len(tensor.shape)
+        for position, chunk in enumerate(chunks):
+            if type(chunk) is not Run:
+                box = checker.box(tensor, position, chunk)
+                offsets[row, :axes], sizes[row, :axes] = box
+                row += 1
+                continue
+            table = chunk.table
+            if not isinstance(table.columns, ChunkColumns):
+                raise RunsRefused
+            if id(table) not in columns:
+                columns[id(table)] = (
+                    *values.shape_columns(table, table.columns.offsets),
+                    *values.shape_columns(table, table.columns.sizes),
+                )
+            first = int(np.searchsorted(values.rows(table), chunk.first))
+            count = chunk.last - chunk.first
+            part = slice(first, first + count)
+            run_offsets, offset_axes, run_sizes, size_axes = columns[id(table)]
+            if (offset_axes[part] != axes).any() or (size_axes[part] != axes).any():
+                raise RunsRefused
+            offsets[row : row + count, :axes] = run_offsets[part, :axes]
+            sizes[row : row + count, :axes] = run_sizes[part, :axes]
+            row += count
+    return counts, offsets, sizes
+
+
+def _storage(checker: Checker, values: TableValues, storage_data: Any) -> _Entries:
+    """Return all entries of ``storage_data``, in order."""
+    parts: list[_Entries] = []
+    single: list[tuple[str, tuple[int, ...] | None, int | None, Place]] = []
+    columns: dict[int, _Entries] = {}
+
+    def flush() -> None:
+        if single:
+            parts.append(_single_entries(values, single))
+            single.clear()
+
+    for index, place in checker.storage_items(storage_data):
+        if type(index) is not Run:
+            single.append(checker.entry(index, place))
+            continue
+        flush()
+        table = index.table
+        if not isinstance(table.columns, StorageColumns) or place is not None:
+            raise RunsRefused
+        if id(table) not in columns:
+            columns[id(table)] = _run_entries(values, index)
+        whole = columns[id(table)]
+        first = int(np.searchsorted(values.rows(table), index.first))
+        rows = slice(first, first + index.last - index.first)
+        parts.append(
+            _Entries(
+                whole.key[rows],
+                whole.axes[rows],
+                whole.offset[rows],
+                whole.position[rows],
+                whole.places[rows],
+            )
+        )
+    flush()
+    wide = max((part.offset.shape[1] for part in parts), default=0)
+    empty = np.zeros(0, np.int64)
+    return _Entries(
+        np.concatenate([empty, *(part.key for part in parts)]),
+        np.concatenate([empty, *(part.axes for part in parts)]),
+        np.concatenate(
+            [np.zeros((0, wide), np.int64), *(_fitted(part.offset, wide) for part in parts)]
+        ),
+        np.concatenate([empty, *(part.position for part in parts)]),
+        np.concatenate([np.zeros((0, 4), np.int64), *(part.places for part in parts)]),
+    )
+
+
+def _single_entries(
+    values: TableValues, single: Sequence[tuple[str, tuple[int, ...] | None, int | None, Place]]
+) -> _Entries:
+    wide = max(len(offset or ()) for _, offset, _, _ in single)
+    offsets = np.zeros((len(single), wide), np.int64)
+    for row, (_, offset, _, _) in enumerate(single):
+        offsets[row, : len(offset or ())] = offset or ()
+    places = [
+        (values.text_number(place[0]), place[1], place[2], values.transform_number(place[3]))
+        for *_, place in single
+    ]
+    if any(position is not None and position < 0 for _, _, position, _ in single):
+        raise RunsRefused
+    return _Entries(
+        np.array([values.text_number(key) for key, *_ in single], np.int64),
+        np.array([-1 if offset is None else len(offset) for _, offset, _, _ in single], np.int64),
+        offsets,
+        np.array([-1 if position is None else position for *_, position, _ in single], np.int64),
+        np.array(places, np.int64),
+    )
+
+
+def _run_entries(values: TableValues, run: Run) -> _Entries:
+    table, columns = run.table, run.table.columns
+    assert isinstance(columns, StorageColumns)
+    rows = values.rows(table)
+    offset, axes = values.shape_columns(table, columns.offset)
+    places = np.empty((len(rows), 4), np.int64)
+    places[:, 0] = values.text_column(table, columns.path)
+    places[:, 1] = columns.record_offset[rows]
+    places[:, 2] = columns.record_length[rows]
+    places[:, 3] = values.transform_column(table, columns)
+    return _Entries(
+        values.text_column(table, columns.key),
+        np.where(columns.has_offset[rows], axes, -1),
+        offset,
+        columns.position[rows],
+        places,
+    )
+
+
+def _match(
+    chunk_tensor: Int64s,
+    chunk_offset: Int64s,
+    counts: Int64s,
+    tensor: Int64s,
+    offset: Int64s,
+    position: Int64s,
+) -> Int64s:
+    """Return for each chunk the last entry with its tensor and offset, or -1."""
+    first = np.cumsum(counts) - counts
+    result = np.full(len(chunk_tensor), -1, np.int64)
+    if not len(tensor) or not len(chunk_tensor):
+        return result
+    if len(tensor) == len(chunk_tensor) and ((position >= 0) & (position < counts[tensor])).all():
+        # As torch writes it: each entry says where its chunk is in the list, and is alone.
+        chunk = first[tensor] + position
+        result[chunk] = np.arange(len(chunk))
+        if (
+            (result >= 0).all()
+            and (chunk_offset[chunk] == offset).all()
+            and _ascends(chunk_tensor, chunk_offset)
+        ):
+            return result
+    wanted, given = _hashes(chunk_tensor, chunk_offset), _hashes(tensor, offset)
+    order = np.argsort(given, kind="stable")
+    given = given[order]
+    alike = np.flatnonzero(given[1:] == given[:-1])
+    if (
+        (tensor[order[alike]] != tensor[order[alike + 1]])
+        | (offset[order[alike]] != offset[order[alike + 1]]).any(axis=1)
+    ).any():
+        raise RunsRefused  # different ones with the same hash
+    at = np.searchsorted(given, wanted, side="right") - 1
+    entry = order[np.maximum(at, 0)]
+    equal = (tensor[entry] == chunk_tensor) & (offset[entry] == chunk_offset).all(axis=1)
+    return np.where((at >= 0) & equal, entry, -1)
+
+
+def _ascends(tensor: Int64s, offset: Int64s) -> bool:
+    """Return whether the offsets of each tensor's chunks ascend, so that none is there twice."""
+    ascends = np.zeros(max(len(tensor) - 1, 0), np.bool_)
+    undecided = ~ascends
+    for axis in range(offset.shape[1]):
+        before, after = offset[:-1, axis], offset[1:, axis]
+        ascends |= undecided & (before < after)
+        undecided &= before == after
+    return bool((ascends | (tensor[:-1] != tensor[1:])).all())
+
+
+def _hashes(tensor: Int64s, offset: Int64s) -> Any:
+    result = tensor.astype(np.uint64)
+    for axis in range(offset.shape[1]):
+        result = (result ^ (result >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        result += offset[:, axis].astype(np.uint64)
+    return (result ^ (result >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+
+
+def _by_position(values: TableValues, storage: _Entries) -> dict[tuple[str, int | None], int]:
+    """Return the entries that have no offset, by key and position in the tensor's list."""
+    rows = np.flatnonzero(storage.axes < 0)
+    keys, positions = storage.key[rows].tolist(), storage.position[rows].tolist()
+    return {
+        (values.texts[key], None if position < 0 else position): row
+        for key, position, row in zip(keys, positions, rows.tolist(), strict=True)
+    }
+
+
+def _place_by_position(
+    place_of: Int64s,
+    by_position: dict[tuple[str, int | None], int],
+    tensors: Sequence[TensorFields],
+    counts: Int64s,
+) -> None:
+    """Give chunks without a place that of an entry without an offset, in place."""
+    if not by_position:
+        return
+    first = np.cumsum(counts) - counts
+    missing = np.flatnonzero(place_of < 0)
+    owners = np.searchsorted(first, missing, side="right") - 1
+    for row, owner in zip(missing.tolist(), owners.tolist(), strict=True):
+        key, position = tensors[owner].key, row - int(first[owner])
+        entry = by_position.get((key, position))
+        if entry is None and counts[owner] == 1:
+            entry = by_position.get((key, None))
+        if entry is not None:
+            place_of[row] = entry
+
+
+def _renumbered(
+    places: Int64s, values: TableValues
+) -> tuple[Int64s, list[str], list[tuple[str, ...]]]:
+    """Number files and transforms in the order in which they appear, no transform first."""
+    places[places[:, 0] < 0] = (NO_FILE, 0, 0, 0)
+    known = places[:, 0] != NO_FILE
+    files = _numbered(places[:, 0], known, len(values.texts), first=())
+    transforms = _numbered(places[:, 3], known, len(values.transforms), first=(0,))
+    names = list(values.transforms)
+    return places, [values.texts[n] for n in files], [names[n] for n in transforms]
+
+
+def _numbered(column: Int64s, known: Any, count: int, *, first: tuple[int, ...]) -> list[int]:
+    """Number the values of a column anew, in place; return the old numbers in new order."""
+    seen = np.full(count, len(column), np.int64)
+    rows = np.flatnonzero(known)[::-1]
+    seen[column[rows]] = rows  # the last assignment stays: that of the first row
+    seen[list(first)] = -1
+    order = np.argsort(seen, kind="stable")[: int((seen < len(column)).sum())]
+    numbers = np.zeros(count, np.int64)
+    numbers[order] = np.arange(len(order))
+    column[known] = numbers[column[known]]
+    return [int(number) for number in order]
