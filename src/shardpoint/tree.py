@@ -14,7 +14,7 @@ running releases 2.3 and 2.13 on many inputs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -60,8 +60,8 @@ def flatten(
     rules
         ``"2.4"``: torch 2.4 and later. ``"2.3"``: torch 2.3.
     is_tensor
-        Which values count as tensors for opening lists (and, in 2.3, mappings). It must
-        not be true for lists and mappings.
+        Which values count as tensors for opening lists (and, in 2.3, mappings). It is asked
+        about one value of each type, and must not be true for lists and mappings.
 
     Returns
     -------
@@ -84,21 +84,13 @@ def flatten(
     """
     survey = _Surveyor(rules == "2.4", is_tensor)
     survey.check_root(nested)
-    flat: dict[str, Any] = {}
-    paths: dict[str, Path] = {}
-    problems: list[Problem] = []
-    for path, value in _leaves(nested, (), survey, is_root=True):
-        key = ".".join(map(str, path))
-        if key in flat:
-            problems.append(
-                Problem(f"the paths {paths[key]!r} and {path!r} both give this flat key", key)
-            )
-        else:
-            flat[key] = value
-            paths[key] = path
-    if problems:
-        raise PlanError("flat keys of the state are not unique", problems)
-    return flat, paths
+    if not isinstance(nested, (Mapping, list)):
+        return {"": nested}, {"": ()}
+    leaves = _Leaves(survey)
+    leaves.collect(nested, (), "")
+    if leaves.problems:
+        raise PlanError("flat keys of the state are not unique", leaves.problems)
+    return leaves.flat, leaves.paths
 
 
 def unflatten(flat: Mapping[str, Any], paths: Mapping[str, Path]) -> Any:
@@ -176,6 +168,8 @@ class _Surveyor:
         self._is_tensor = is_tensor
         self._known: dict[int, _Survey | None] = {}  # None: being looked at
         self._alive: list[Any] = []  # an id stays taken only while its object lives
+        # By type: whether its values are tensors. Containers have no entry.
+        self.leaf_types: dict[type, bool] = {}
 
     def check_root(self, nested: Any) -> None:
         survey = self._look(nested, 0)
@@ -188,14 +182,15 @@ class _Surveyor:
             )
 
     def opens(self, value: Any) -> bool:
-        """Whether a list or mapping that was looked at is opened."""
-        survey = self._known[id(value)]
+        """Whether a value that was looked at is a list or mapping that is opened."""
+        survey = self._known.get(id(value))
         return survey is not None and survey.holds
 
     def _look(self, value: Any, level: int) -> _Survey:
         is_mapping = isinstance(value, Mapping)
         if not is_mapping and not isinstance(value, list):
-            return _TENSOR if self._is_tensor(value) else _VALUE
+            is_tensor = self.leaf_types.setdefault(type(value), self._is_tensor(value))
+            return _TENSOR if is_tensor else _VALUE
         if id(value) in self._known:
             known = self._known[id(value)]
             if known is None:
@@ -206,7 +201,13 @@ class _Surveyor:
         self._known[id(value)] = None
         self._alive.append(value)
         holds, nodes, height = is_mapping and self._mappings_open, 1, 0
+        leaf_types = self.leaf_types
         for child in value.values() if is_mapping else value:
+            leaf_is_tensor = leaf_types.get(type(child))
+            if leaf_is_tensor is not None:
+                holds = holds or leaf_is_tensor
+                nodes += 1
+                continue
             survey = self._look(child, level + 1)
             holds = holds or survey.holds
             nodes += survey.nodes
@@ -216,17 +217,31 @@ class _Surveyor:
         return result
 
 
-def _leaves(
-    value: Any, path: Path, survey: _Surveyor, *, is_root: bool = False
-) -> Iterator[tuple[Path, Any]]:
-    if isinstance(value, Mapping) and (is_root or survey.opens(value)):
-        for name, child in value.items():
-            yield from _leaves(child, (*path, str(name)), survey)
-    elif isinstance(value, list) and (is_root or survey.opens(value)):
-        for position, child in enumerate(value):
-            yield from _leaves(child, (*path, position), survey)
-    else:
-        yield path, value
+class _Leaves:
+    """Collects the values of a state by their flat keys."""
+
+    def __init__(self, survey: _Surveyor) -> None:
+        self._survey = survey
+        self.flat: dict[str, Any] = {}
+        self.paths: dict[str, Path] = {}
+        self.problems: list[Problem] = []
+
+    def collect(self, container: Any, path: Path, prefix: str) -> None:
+        """Take all values of a container that is opened; `prefix` begins their keys."""
+        flat, paths = self.flat, self.paths
+        opens, leaf_types = self._survey.opens, self._survey.leaf_types
+        is_mapping = isinstance(container, Mapping)
+        for name, child in container.items() if is_mapping else enumerate(container):
+            part = str(name) if is_mapping and type(name) is not str else name
+            key = f"{prefix}{part}"
+            if type(child) not in leaf_types and opens(child):
+                self.collect(child, (*path, part), key + ".")
+            elif key in flat:
+                message = f"the paths {paths[key]!r} and {(*path, part)!r} both give this flat key"
+                self.problems.append(Problem(message, key))
+            else:
+                flat[key] = child
+                paths[key] = (*path, part)
 
 
 class _MisplacedError(Exception):

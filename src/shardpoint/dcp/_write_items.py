@@ -28,21 +28,35 @@ __all__ = ["WriteTable", "columns_of", "describe_state", "memory_format_of", "pr
 
 _KINDS = {"TENSOR": TENSOR, "SHARD": SHARD, "BYTE_IO": OBJECT}
 _TYPES = {TENSOR: WriteItemType.TENSOR, SHARD: WriteItemType.SHARD, OBJECT: WriteItemType.BYTE_IO}
+_PLAIN_TENSORS = frozenset([torch.Tensor, torch.nn.Parameter])
+_PLAIN_OBJECTS = frozenset([bool, int, float, str, bytes, type(None), list, tuple])
 _FORMATS = {encoding.value: memory_format for memory_format, encoding in _MEMORY_FORMATS.items()}
 
 
+Numbers = tuple[int, ...]
+_Description = tuple[tuple[int, int, int, bool, bool, int], Numbers, Numbers, Numbers]
+"""Kind, dtype, number of axes, and the properties; shape, offsets, sizes."""
+
+_OBJECT: _Description = ((OBJECT, 0, 0, False, False, 0), (), (), ())
+
+
 class _Rows:
-    """Rows on their way into `WriteColumns`."""
+    """Rows on their way into `WriteColumns`: keys, and which of few descriptions each has."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
-        self.boxes: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = []
-        self.numbers: list[tuple[int, int, int, bool, bool, int, int]] = []
+        self.hints: list[int] = []
+        self.numbers: list[int] = []
+        self._descriptions: dict[_Description, int] = {_OBJECT: 0}
+
+    def add(self, key: str, number: int, hint: int = -1) -> None:
+        """Add a row with a description that is known already."""
+        self.keys.append(key)
+        self.numbers.append(number)
+        self.hints.append(hint)
 
     def add_object(self, key: str, hint: int = -1) -> None:
-        self.keys.append(key)
-        self.boxes.append(((), (), ()))
-        self.numbers.append((OBJECT, 0, 0, False, False, 0, hint))
+        self.add(key, 0, hint)
 
     def add_chunk(
         self,
@@ -56,19 +70,17 @@ class _Rows:
     ) -> None:
         if properties.layout is not torch.strided:
             raise NotSupportedError(f"a tensor of layout {properties.layout} cannot be stored")
-        self.keys.append(key)
-        self.boxes.append((tuple(shape), tuple(offsets), tuple(sizes)))
-        self.numbers.append(
-            (
-                kind,
-                dtype_of(properties.dtype).code,
-                len(shape),
-                properties.requires_grad,
-                properties.pin_memory,
-                _MEMORY_FORMATS[properties.memory_format].value,
-                hint,
-            )
+        numbers = (
+            kind,
+            dtype_of(properties.dtype).code,
+            len(shape),
+            properties.requires_grad,
+            properties.pin_memory,
+            _MEMORY_FORMATS[properties.memory_format].value,
         )
+        description = (numbers, tuple(shape), tuple(offsets), tuple(sizes))
+        number = self._descriptions.setdefault(description, len(self._descriptions))
+        self.add(key, number, hint)
 
     def add_item(self, item: Any) -> None:
         """Add a write item, ours or torch's."""
@@ -88,25 +100,28 @@ class _Rows:
         )
 
     def columns(self) -> WriteColumns:
-        axes = max((len(shape) for shape, _, _ in self.boxes), default=0)
-        boxes = np.empty((3, len(self.keys), axes), np.int64)
+        described = list(self._descriptions)
+        taken = np.array(self.numbers, np.int64)
+        axes = max((len(described[n][1]) for n in set(self.numbers)), default=0)
+        boxes = np.empty((3, len(described), axes), np.int64)
         boxes[0], boxes[1], boxes[2] = 1, 0, 1
-        for row, (shape, offsets, sizes) in enumerate(self.boxes):
+        for number, (_, shape, offsets, sizes) in enumerate(described):
             rank = len(shape)
-            boxes[0, row, :rank], boxes[1, row, :rank], boxes[2, row, :rank] = shape, offsets, sizes
-        numbers = np.array(self.numbers, np.int64).reshape(-1, 7)
+            boxes[0, number, :rank] = shape
+            boxes[1, number, :rank], boxes[2, number, :rank] = offsets, sizes
+        numbers = np.array([description[0] for description in described], np.int64)[taken]
         return WriteColumns(
             keys=self.keys,
             kind=numbers[:, 0].astype(np.uint8),
             dtype=numbers[:, 1].astype(np.uint8),
             ndim=numbers[:, 2].astype(np.int16),
-            shape=boxes[0],
-            offsets=boxes[1],
-            sizes=boxes[2],
+            shape=boxes[0, taken],
+            offsets=boxes[1, taken],
+            sizes=boxes[2, taken],
             requires_grad=numbers[:, 3].astype(np.bool_),
             pin_memory=numbers[:, 4].astype(np.bool_),
             memory_format=numbers[:, 5].astype(np.uint8),
-            hint=numbers[:, 6].copy(),
+            hint=np.array(self.hints, np.int64),
         )
 
 
@@ -119,9 +134,27 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
         If values cannot be stored; names every such key.
     """
     rows, problems = _Rows(), []
+    known: dict[tuple[Any, ...], int] = {}
     for key, value in state_dict.items():
+        kind = type(value)
+        if kind in _PLAIN_OBJECTS:
+            rows.add(key, 0)
+            continue
+        look: tuple[Any, ...] | None = None
+        if kind in _PLAIN_TENSORS and not hasattr(value, "__create_write_items__"):
+            # All that `_describe` looks at.
+            look = (
+                *(value.shape, value.dtype, value.requires_grad, value.layout, value.is_meta),
+                value.is_pinned(),
+            )
+            number = known.get(look)
+            if number is not None:
+                rows.add(key, number)
+                continue
         try:
             _describe(rows, key, value)
+            if look is not None:
+                known[look] = rows.numbers[-1]
         except (NotSupportedError, ValueError, TypeError) as error:
             problems.append(Problem(str(error), key))
     if problems:
