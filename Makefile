@@ -20,7 +20,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 WORKERS ?= 2
 
 # Tests of the torch-free core; they run in both environments.
-CORE_TESTS := tests/test_cli.py tests/test_open.py tests/test_open_hostile.py tests/test_sharding.py \
+CORE_TESTS := tests/test_cli.py tests/test_native_index.py tests/test_open.py tests/test_open_hostile.py tests/test_sharding.py \
 	tests/test_tree.py
 
 # The first interpreter that is 3.11 or later and can make environments.

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,10 +300,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def named_files(folder: Path) -> set[str]:
-    """Return the files of the checkpoint that counts: its metadata and what that names."""
+    """Return the files of the checkpoint that counts: its metadata, index, and what they name."""
     metadata = dcp.FileSystemReader(folder).read_metadata()
-    name = ".metadata" if (folder / ".metadata").exists() else "__0.metadata"
-    return {name, *(info.relative_path for info in metadata.storage_data.values())}
+    files = {info.relative_path for info in metadata.storage_data.values()}
+    if not (folder / ".metadata").exists():
+        return {"__0.metadata", *files}
+    checksum = zlib.crc32((folder / ".metadata").read_bytes())
+    return {".metadata", f".shardpoint-{checksum:08x}.index", *files}
 
 
 STATES = {"old": make_state(1), "new": make_state(2), "next": make_state(3)}

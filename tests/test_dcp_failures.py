@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 import shardpoint.dcp as dcp
+from crash_support import named_files
 from dcp_states import blank, build, differences
 from ranks import RankPool
 from shardpoint.storage.local import LocalStorage
@@ -104,10 +105,7 @@ def test_a_failing_save_raises_everywhere_and_keeps_the_old_checkpoint(
         assert causes == {rank: f"{owner.__name__}.{method} stumbled"}
         assert seconds < SECONDS
         assert changed == []
-    kept = dcp.FileSystemReader(folder).read_metadata()
-    named = {info.relative_path for info in kept.storage_data.values()}
-    found = {file.name for file in folder.iterdir()}
-    assert found == {".metadata", *named}
+    assert {file.name for file in folder.iterdir()} == named_files(folder)
 
 
 def _load_fails(folder: str, owner: type, method: str, rank: int) -> Any:

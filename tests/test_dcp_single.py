@@ -61,7 +61,7 @@ def test_an_overwrite_replaces_the_files_and_touches_no_others(tmp_path: Path) -
     second = {file.name for file in tmp_path.iterdir()}
     kept = {".metadata", "notes.txt", "__0_0.distcp.bak"}
     assert first & second == kept
-    assert len(second) == len(kept) + 1
+    assert len(second) == len(kept) + 2  # data and index
     target = small(0.0)
     dcp.load(target, checkpoint_id=tmp_path)
     assert differences(target, small(2.0)) == []
@@ -90,10 +90,13 @@ def test_the_old_checkpoint_is_readable_until_the_new_one_counts(tmp_path: Path)
 
 def test_leftovers_of_a_crashed_save_are_removed_by_the_next(tmp_path: Path) -> None:
     dcp.save(small(1.0), checkpoint_id=tmp_path)
-    for name in ("__0_0123abcd_0.distcp", "__7_3.distcp", "..metadata.0123456789abcdef.tmp"):
+    for name in (
+        *("__0_0123abcd_0.distcp", "__7_3.distcp", "..metadata.0123456789abcdef.tmp"),
+        *(".shardpoint-0123abcd.index", "..shardpoint-0123abcd.index.0123456789abcdef.tmp"),
+    ):
         (tmp_path / name).write_bytes(b"half a file")
     dcp.save(small(2.0), checkpoint_id=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_overwriting_can_be_forbidden(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from shardpoint.convert._reading import Allowed, Source, default_threads, flat_bytes
 from shardpoint.engine import committing
@@ -17,6 +20,8 @@ from shardpoint.formats.dcp_metadata import write_metadata
 from shardpoint.formats.torch_record import TensorRecordLayout, object_record
 from shardpoint.formats.value_pickling import pickle_value, tensor_bytes
 from shardpoint.index import (
+    BLOCK_BYTES,
+    BlockChecksums,
     CheckpointIndex,
     ChunkEntry,
     Container,
@@ -72,14 +77,20 @@ def to_checkpoint(
     objects = len(records)
     records += [_chunk_record(opened, chunk) for chunk in range(len(opened.index.chunks))]
     written = write_file(storage, name, records, sync=sync)
-    index = _written(opened.index, name, written, objects, os.fspath(target))
+    index = _with_checksums(
+        _written(opened.index, name, written, objects, os.fspath(target)), written, objects
+    )
+    metadata = write_metadata(index)
+    native = committing.index_for(index, metadata)
+    made = [name, native[0]]
     try:
-        committing.commit(storage, committing.METADATA_NAME, write_metadata(index), sync=sync)
+        committing.commit(storage, committing.METADATA_NAME, metadata, index=native, sync=sync)
     except BaseException:
-        if not committing.holds_any(storage, committing.METADATA_NAME, [name]):
-            storage.remove(name)
+        if not committing.holds_any(storage, committing.METADATA_NAME, made):
+            for file in made:
+                storage.remove(file)
         raise
-    committing.remove_replaced(storage, set(index.files))
+    committing.remove_replaced(storage, {*made, *index.files})
 
 
 def _object_records(source: Source) -> list[RecordSource]:
@@ -167,4 +178,18 @@ def _written(
         version=_VERSION,
         source="dcp",
         metadata_files=[committing.METADATA_NAME],
+    )
+
+
+def _with_checksums(
+    index: CheckpointIndex, written: WrittenRecords, object_count: int
+) -> CheckpointIndex:
+    """Return the index with the checksums of all records and of the payloads' blocks."""
+    first = written.first_block[object_count:]
+    blocks = BlockChecksums(BLOCK_BYTES, first - first[0], written.blocks[first[0] :])
+    checksums = written.record_checksum.astype(np.int64)
+    return replace(
+        index,
+        chunks=replace(index.chunks, blocks=blocks, record_checksum=checksums[object_count:]),
+        objects=replace(index.objects, record_checksum=checksums[:object_count]),
     )

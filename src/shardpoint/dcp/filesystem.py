@@ -39,6 +39,7 @@ from shardpoint.engine.reading import ReadStatistics, read_tensors
 from shardpoint.engine.writing import write_files
 from shardpoint.errors import (
     CheckpointExistsError,
+    FormatError,
     NotSupportedError,
     PlanError,
     ShardpointError,
@@ -265,16 +266,32 @@ class FileSystemWriter(StoragePlace, StorageWriter):
         )
         finished = metadata_of(index, _StorageInfo)
         vars(metadata).update(vars(finished))
-        committing.commit(
-            self.storage, self._metadata_name(), write_metadata(index), sync=self.sync_files
-        )
-        self._written = []
+        kept = self._commit(index)
         try:
             committing.remove_replaced(
-                self.storage, set(index.files), rank=None if self.use_collectives else self.rank
+                self.storage, kept, rank=None if self.use_collectives else self.rank
             )
         except ShardpointError as error:  # the save itself is done; the next one cleans up
             logger.warning("%s: the replaced checkpoint's files remain: %s", self.path, error)
+
+    def _commit(self, index: CheckpointIndex) -> set[str]:
+        """Write index and metadata; return the files that make up the checkpoint."""
+        encoded = write_metadata(index)
+        kept = set(index.files)
+        native = None
+        if self.use_collectives:
+            try:
+                native = committing.index_for(index, encoded)
+            except FormatError as error:  # the metadata says it all; only the checksums are lost
+                logger.warning("%s: saved without an index: %s", self.path, error)
+        if native is not None:
+            kept.add(native[0])
+            self._written.append(native[0])
+        committing.commit(
+            self.storage, self._metadata_name(), encoded, index=native, sync=self.sync_files
+        )
+        self._written = []
+        return kept
 
     def abort(self) -> None:
         """Remove what this rank has written of a save that failed on some rank.

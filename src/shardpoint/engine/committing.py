@@ -1,8 +1,9 @@
 """The commit protocol of a folder: fresh names, one rename that counts, then the cleanup.
 
-Data go into files that no committed checkpoint refers to; the metadata file is put in place
-atomically, and that is the commit; only then are the files of the replaced checkpoint
-removed. A crash leaves the old or the new checkpoint, and garbage that the next save removes.
+Data go into files that no committed checkpoint refers to, and so does the index, whose name
+says which metadata file it belongs to; that file is put in place atomically, and this is the
+commit; only then are the files of the replaced checkpoint removed. A crash leaves the old or
+the new checkpoint, each with its index, and garbage that the next save removes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ import re
 import secrets
 from collections.abc import Collection
 
+from shardpoint.formats.native_index import (
+    index_name,
+    is_index_name,
+    stamp_of,
+    write_index,
+)
+from shardpoint.index import CheckpointIndex
 from shardpoint.storage.base import Storage
 
 __all__ = [
@@ -18,6 +26,7 @@ __all__ = [
     "commit",
     "data_prefix",
     "holds_any",
+    "index_for",
     "new_token",
     "rank_metadata_name",
     "remove_replaced",
@@ -26,7 +35,9 @@ __all__ = [
 METADATA_NAME = ".metadata"
 _DATA_FILE = re.compile(r"__\d+_(?:[0-9a-f]{8}_)?\d+\.distcp")
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
-_TEMPORARY = re.compile(r"\.(?:__\d+)?\.metadata\.[0-9a-f]+\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(?:(?:__\d+)?\.metadata|\.shardpoint-[0-9a-f]{8}\.index)\.[0-9a-f]+\.tmp"
+)
 
 
 def rank_metadata_name(rank: int) -> str:
@@ -50,37 +61,64 @@ def data_prefix(rank: int, token: str) -> str:
     return f"__{rank}_{token}"
 
 
-def commit(storage: Storage, name: str, metadata: bytes, *, sync: bool) -> None:
+def commit(
+    storage: Storage, name: str, metadata: bytes, *, index: tuple[str, bytes] | None, sync: bool
+) -> None:
     """Make what was written the checkpoint at this place.
+
+    Parameters
+    ----------
+    name, metadata
+        The metadata file.
+    index
+        Name and content of the native index, which has to be in place before; None for none.
+    sync
+        Make both durable before returning.
 
     Raises
     ------
     StorageError
         Then the checkpoint that was there before is still there.
     """
+    if index is not None:
+        storage.replace(index[0], index[1], sync=sync)
     storage.replace(name, metadata, sync=sync)
 
 
+def index_for(index: CheckpointIndex, metadata: bytes) -> tuple[str, bytes]:
+    """Return name and content of the native index that goes with a metadata file.
+
+    Raises
+    ------
+    FormatError
+        If what a planner stored does not fit into one.
+    """
+    stamp = stamp_of(metadata)
+    return index_name(stamp), write_index(index, stamp)
+
+
 def holds_any(storage: Storage, name: str, files: Collection[str]) -> bool:
-    """Whether the metadata file in place names one of these data files."""
+    """Whether the metadata file in place names one of these files, or one is its index."""
     if not storage.has(name):
         return False
     metadata = storage.read(name)
+    if index_name(stamp_of(metadata)) in files:
+        return True
     return any(file.encode() in metadata for file in files)
 
 
 def remove_replaced(storage: Storage, keep: Collection[str], *, rank: int | None = None) -> None:
-    """Remove the data files of replaced and of broken-off saves.
+    """Remove the data files and indexes of replaced and of broken-off saves.
 
     Only files with names that a save gives are ever touched.
 
     Parameters
     ----------
     keep
-        The files of the checkpoint that counts now.
+        The files of the checkpoint that counts now, its index among them.
     rank
-        Only this rank's files, where ranks save without each other; None is all, and then
-        the metadata files of such saves go too.
+        Only this rank's files, where ranks save without each other (those have no index); None
+        is all, and then the metadata files of such saves go too.
     """
     for name in storage.list():
         if name in keep:
@@ -89,5 +127,5 @@ def remove_replaced(storage: Storage, keep: Collection[str], *, rank: int | None
         if rank is not None:
             own = name.startswith((data_prefix(rank, ""), f".{rank_metadata_name(rank)}."))
             stale = stale if own else None
-        if stale or (rank is None and _RANK_METADATA.fullmatch(name)):
+        if stale or (rank is None and (_RANK_METADATA.fullmatch(name) or is_index_name(name))):
             storage.remove(name)

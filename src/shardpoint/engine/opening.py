@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -13,19 +14,24 @@ import numpy as np
 from shardpoint.engine._own_rank import preferring
 from shardpoint.errors import (
     CheckpointNotFoundError,
+    CorruptionError,
     FormatError,
     ShardpointError,
+    ShardpointWarning,
     StorageError,
+    UnsafePathError,
 )
+from shardpoint.formats.checksum import crc32
 from shardpoint.formats.dcp_metadata import read_metadata, read_per_rank_metadata
 from shardpoint.formats.huggingface import find_files, read_directory
+from shardpoint.formats.native_index import MetadataStamp, index_name, read_index
 from shardpoint.formats.object_decoder import ObjectFactory
 from shardpoint.formats.torch_save import read_torch_save
 from shardpoint.index import NO_FILE, CheckpointIndex, Container
-from shardpoint.storage import LocalStorage, Storage
+from shardpoint.storage import LocalStorage, MappableFile, ReadableFile, Storage
 from shardpoint.storage.places import local_path, remote_storage
 
-__all__ = ["open_index"]
+__all__ = ["open_index", "read_native", "read_stamp", "read_with_metadata"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -36,6 +42,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _SAFETENSORS = (".safetensors", _INDEX_SUFFIX)
 _DATA_SUFFIX = ".distcp"
 _TORCH_SAVE = (".pt", ".pth", ".bin", ".ckpt")
+_SMALL = 4 << 20  # bytes of metadata or index that are simply read
 _MOST_LOOKED_INTO = 100
 _MOST_NAMED = 5
 
@@ -50,7 +57,8 @@ def open_index(
 ) -> tuple[CheckpointIndex, Storage]:
     """Return the index of the checkpoint at a place, and the storage its files are in.
 
-    Looked for are, in this order: ``.metadata`` (torch's distributed checkpoints),
+    Looked for are, in this order: ``.metadata`` (torch's distributed checkpoints; where there
+    is a native index that goes with it, that is read in its stead),
     ``__*.metadata`` (the same, saved without collectives), ``*.safetensors`` (Hugging Face)
     at the top or else in ``sharded/``, and one ``torch.save`` file. No data is read, but for
     a few bytes where the metadata leaves open what the data files hold.
@@ -85,8 +93,7 @@ def open_index(
     if name is not None and not _is_metadata(name):
         return _open_file(storage, name, allowed, factory), storage
     if storage.has(_METADATA):
-        index = read_metadata(storage.read(_METADATA), file=_METADATA)
-        return _with_containers(index, storage), storage
+        return read_with_metadata(storage), storage
     names = storage.list_folder()
     ranks = [name for name in names if _RANK_METADATA.fullmatch(name)]
     if ranks:
@@ -100,6 +107,84 @@ def open_index(
     if _has_safetensors(storage, names, is_alone=not files):
         return read_directory(storage), storage
     return _open_only_file(storage, names, files, allowed, factory), storage
+
+
+def read_with_metadata(storage: Storage) -> CheckpointIndex:
+    """Return the index of a folder with ``.metadata``: the native one, if it has one.
+
+    Raises
+    ------
+    UnsafePathError
+        Also if the native index is a link that leads out of the folder.
+    FormatError, CorruptionError, NotSupportedError, StorageError
+
+    Warns
+    -----
+    ShardpointWarning
+        If the native index is damaged: then ``.metadata`` is read, as where there is none.
+    """
+    with storage.open(_METADATA) as file:
+        # Both from one open file: what it says stays the same if another is put in its place.
+        stamp, data = read_stamp(file)
+        try:
+            index = read_native(storage, stamp)
+        except (StorageError, UnsafePathError):
+            raise
+        except ShardpointError as error:
+            warnings.warn(
+                f"{storage.location!r} is read without its native index, and so without "
+                f"checksums of its own: {error}",
+                ShardpointWarning,
+                stacklevel=4,
+            )
+            index = None
+        if index is not None:
+            return index
+        if data is None:
+            data = bytearray(file.size)
+            file.read_into(0, [memoryview(data)])
+    return _with_containers(read_metadata(data, file=_METADATA), storage)
+
+
+def read_stamp(file: ReadableFile) -> tuple[MetadataStamp, bytearray | None]:
+    """Return the stamp of an open metadata file, and its bytes if they are few."""
+    size = file.size
+    data = bytearray(min(size, _SMALL))
+    view = memoryview(data)
+    checksum = 0
+    for start in range(0, size, _SMALL):
+        part = view[: min(_SMALL, size - start)]
+        file.read_into(start, [part])
+        checksum = crc32(part, checksum)
+    return MetadataStamp(size, checksum), data if size <= _SMALL else None
+
+
+def read_native(storage: Storage, stamp: MetadataStamp) -> CheckpointIndex | None:
+    """Return the native index that goes with ``.metadata``, None if there is none.
+
+    Raises
+    ------
+    UnsafePathError
+        If it is a link that leads out of the folder.
+    FormatError, CorruptionError, NotSupportedError
+        If it is damaged, or a later release wrote it.
+    StorageError
+    """
+    name = index_name(stamp)
+    if not storage.has(name):
+        return None
+    try:
+        file = storage.open(name)
+    except CorruptionError:  # removed meanwhile: another checkpoint has replaced this one
+        return None
+    with file:
+        # Small ones are read: mapped memory has its price and, on a network, its risks.
+        if file.size > _SMALL and isinstance(file, MappableFile):
+            data = file.map()
+        else:
+            data = memoryview(bytearray(file.size))
+            file.read_into(0, [data])
+    return read_index(data, stamp, file=name, metadata_file=_METADATA)
 
 
 def _locate(path: PathLike, options: Mapping[str, Any] | None) -> tuple[Storage, str | None]:

@@ -1,12 +1,20 @@
 """Places where checkpoints lie: bytes by name, and nothing of plans."""
 
-from shardpoint.storage.base import Buffer, ReadableFile, SharedStorage, Storage, WritableFile
+from shardpoint.storage.base import (
+    Buffer,
+    MappableFile,
+    ReadableFile,
+    SharedStorage,
+    Storage,
+    WritableFile,
+)
 from shardpoint.storage.local import LocalStorage
 from shardpoint.storage.places import storage_at
 
 __all__ = [
     "Buffer",
     "LocalStorage",
+    "MappableFile",
     "ReadableFile",
     "SharedStorage",
     "Storage",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -87,6 +88,14 @@ class LocalReadableFile(_LocalFile):
                 )
             offset += count
             first = _advance(waiting, first, count)
+
+    def map(self) -> Buffer:
+        """Return all bytes as mapped memory; see `shardpoint.storage.base.MappableFile`."""
+        try:
+            return memoryview(mmap.mmap(self._descriptor, self._size, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            cause = error if isinstance(error, OSError) else OSError(str(error))
+            raise refused("map", self._path, cause) from error
 
 
 class LocalWritableFile(_LocalFile):

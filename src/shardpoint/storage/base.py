@@ -15,7 +15,14 @@ from typing import Protocol, Self, TypeAlias, runtime_checkable
 
 from shardpoint.errors import NotSupportedError
 
-__all__ = ["Buffer", "ReadableFile", "SharedStorage", "Storage", "WritableFile"]
+__all__ = [
+    "Buffer",
+    "MappableFile",
+    "ReadableFile",
+    "SharedStorage",
+    "Storage",
+    "WritableFile",
+]
 
 Buffer: TypeAlias = memoryview
 """A C-contiguous view of bytes (format ``B``, one axis)."""
@@ -53,6 +60,25 @@ class ReadableFile(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+@runtime_checkable
+class MappableFile(Protocol):
+    """What some open files can do besides."""
+
+    def map(self) -> Buffer:
+        """Return all bytes of the file as memory that is read when it is looked at.
+
+        It stays valid after the file is closed, removed or replaced, and cannot be written
+        to. A file that is made shorter meanwhile ends the process when the bytes that are gone
+        are looked at: map only what nobody changes in place.
+
+        Raises
+        ------
+        StorageError
+            If the store cannot do that for this file.
+        """
+        ...
 
 
 class WritableFile(Protocol):
