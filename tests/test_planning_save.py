@@ -159,6 +159,8 @@ def test_overlaps_and_gaps_are_named() -> None:
     with pytest.raises(PlanError, match="'t'"):
         merge(hole, check_coverage=True)
     merge(hole, check_coverage=False)
+    with pytest.raises(PlanError, match=r"its chunks are on ranks 0, 2 of 3"):
+        merge([*hole, columns([whole("u", 1)]), *overlapping[:1]], check_coverage=True)
 
 
 def test_what_was_not_written_has_no_file() -> None:

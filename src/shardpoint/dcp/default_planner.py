@@ -14,6 +14,7 @@ from shardpoint.dcp._layouts import find_local
 from shardpoint.dcp._load_plan import plan_load
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import read_object, write_object
+from shardpoint.dcp._paths import Paths
 from shardpoint.dcp._state import flatten_state, materialize_meta_tensors, set_at
 from shardpoint.dcp._write_items import WriteTable, columns_of, describe_state
 from shardpoint.dcp.metadata import (
@@ -33,7 +34,7 @@ from shardpoint.dcp.planner import (
     WriteItemType,
 )
 from shardpoint.errors import CheckpointKeyError, PlanError
-from shardpoint.planning.save import deduplicate, merge
+from shardpoint.planning.save import merge, plan_writes
 from shardpoint.tree import unflatten
 
 __all__ = [
@@ -95,18 +96,24 @@ class DefaultSavePlanner(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)
         if self.flatten_state_dict:
-            plan = dataclasses.replace(plan, planner_data=self.mappings)
+            plan = dataclasses.replace(plan, planner_data=Paths(self.mappings))
         self.plan = plan
         return plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         columns = [columns_of(plan.items) for plan in all_plans]
-        kept = deduplicate(columns, lowest_rank=self.dedup_save_to_lowest_rank)
-        plans = [
-            dataclasses.replace(plan, items=WriteTable(rows.take(keep)))
-            for plan, rows, keep in zip(all_plans, columns, kept, strict=True)
+        planned = plan_writes(
+            columns,
+            lowest_rank=self.dedup_save_to_lowest_rank,
+            check_coverage=len(all_plans) > 1,
+        )
+        self.global_plan = [
+            dataclasses.replace(plan, items=WriteTable(rows.with_hint(hint).take(keep)))
+            for plan, rows, hint, keep in zip(
+                all_plans, columns, planned.hints, planned.kept, strict=True
+            )
         ]
-        self.global_plan, metadata = create_default_global_save_plan(plans)
+        metadata = metadata_of(planned.index, None)
         if self.flatten_state_dict:
             paths = dict(ChainMap(*_distinct(plan.planner_data for plan in all_plans)))
             index = dataclasses.replace(index_of(metadata), paths=paths)

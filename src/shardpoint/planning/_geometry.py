@@ -11,6 +11,7 @@ from shardpoint.errors import Problem
 from shardpoint.index import CheckpointIndex
 from shardpoint.planning._coverage import count_uncovered, first_gap
 from shardpoint.planning._join import Boxes, overlapping_pairs
+from shardpoint.planning._tiling import is_grid
 from shardpoint.region import MAX_VOLUME, BoolArray, Int64Array, contains, volumes
 
 __all__ = ["MOST_NAMED", "Found", "and_more", "box_text", "first_of_each", "geometry_problems"]
@@ -51,15 +52,21 @@ def geometry_problems(
         message = f"a chunk at {where} is not inside the tensor's shape {shape}"
         yield row, Problem(message + and_more(more), tensors.keys[row])
 
-    tensor, offsets, sizes = tensor[inside], offsets[inside], sizes[inside]
+    if not inside.all():
+        tensor, offsets, sizes = tensor[inside], offsets[inside], sizes[inside]
+    proved = is_grid(tensors.shape, tensor, offsets, sizes)
+    if proved.all():
+        return
+    outside = np.zeros(len(tensors), np.bool_)
+    outside[chunks.tensor[rows[~inside]]] = True
+    rest = ~proved[tensor]
+    tensor, offsets, sizes = tensor[rest], offsets[rest], sizes[rest]
     boxes = Boxes(tensor, offsets, offsets + sizes)
     overlapping = np.zeros(len(tensors), np.bool_)
     for row, problem in _overlaps(index, boxes, overlapping):
         yield row, problem
     if check_coverage:
-        outside = np.zeros(len(tensors), np.bool_)
-        outside[chunks.tensor[rows[~inside]]] = True
-        yield from _gaps(index, boxes, selected & sound & ~outside, overlapping)
+        yield from _gaps(index, boxes, selected & sound & ~outside & ~proved, overlapping)
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -48,7 +48,12 @@ def choose_owners(
     keep = np.zeros(len(replica_group), np.bool_)
     if not len(keep):
         return keep
-    order = np.lexsort((rank, replica_group))
+    if bool((replica_group[1:] >= replica_group[:-1]).all()) and not bool(
+        ((rank[1:] <= rank[:-1]) & (replica_group[1:] == replica_group[:-1])).any()
+    ):
+        order = np.arange(len(rank))  # as planning brings them
+    else:
+        order = np.lexsort((rank, replica_group))
     group = replica_group[order]
     first = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
     copies = np.diff(np.append(first, len(group)))

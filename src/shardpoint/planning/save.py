@@ -4,154 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
-from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import PlanError, Problem
 from shardpoint.index import CheckpointIndex, Chunks, Container, Objects, Tensors
+from shardpoint.planning._joining import Joined, group_rows, join, replicas
+from shardpoint.planning._write_columns import OBJECT, SHARD, TENSOR, WriteColumns
 from shardpoint.planning.balance import choose_owners
 from shardpoint.planning.validate import find_problems
+from shardpoint.region import BoolArray, Int64Array
 
-__all__ = ["OBJECT", "SHARD", "TENSOR", "WriteColumns", "deduplicate", "group_rows", "merge"]
-
-TENSOR, SHARD, OBJECT = 0, 1, 2
-"""Values of the `kind` column."""
+__all__ = [
+    "OBJECT",
+    "SHARD",
+    "TENSOR",
+    "GlobalPlan",
+    "WriteColumns",
+    "deduplicate",
+    "group_rows",
+    "merge",
+    "plan_writes",
+]
 
 _RECORD_OVERHEAD = 1536
 """Bytes that a torch.save record adds to its payload, about; objects count as this alone."""
 
-_MOST_PROBLEMS = 50
-
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+_MOST_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WriteColumns:
-    """What one rank would write: one row a chunk or object.
+class GlobalPlan:
+    """What all ranks write.
 
     Attributes
     ----------
-    keys
-        Flat keys.
-    kind
-        ``uint8[n]``: `TENSOR`, `SHARD` or `OBJECT`.
-    dtype, ndim, requires_grad, pin_memory, memory_format
-        As in `Tensors`; 0 for objects.
-    shape, offsets, sizes
-        ``int64[n, D]``: the whole tensor and the chunk, padded with 1, 0 and 1.
-    hint
-        ``int64[n]``: the chunk's place among the tensor's chunks, -1 where not yet given.
+    kept
+        For each rank ``bool[n]``: which of its rows it writes.
+    hints
+        For each rank ``int64[n]``: each row's place among the tensor's chunks; -1 for objects
+        and for rows that it does not write.
+    index
+        Of the checkpoint, without files; see `attach_storage`.
     """
 
-    keys: Sequence[str]
-    kind: npt.NDArray[np.uint8]
-    dtype: npt.NDArray[np.uint8]
-    ndim: npt.NDArray[np.int16]
-    shape: Int64Array
-    offsets: Int64Array
-    sizes: Int64Array
-    requires_grad: BoolArray
-    pin_memory: BoolArray
-    memory_format: npt.NDArray[np.uint8]
-    hint: Int64Array
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def take(self, keep: BoolArray) -> WriteColumns:
-        """Return the rows where `keep` is true."""
-        return WriteColumns(
-            keys=[key for key, kept in zip(self.keys, keep.tolist(), strict=True) if kept],
-            kind=self.kind[keep],
-            dtype=self.dtype[keep],
-            ndim=self.ndim[keep],
-            shape=self.shape[keep],
-            offsets=self.offsets[keep],
-            sizes=self.sizes[keep],
-            requires_grad=self.requires_grad[keep],
-            pin_memory=self.pin_memory[keep],
-            memory_format=self.memory_format[keep],
-            hint=self.hint[keep],
-        )
-
-    def with_hint(self, hint: Int64Array) -> WriteColumns:
-        """Return the same rows with other hints."""
-        return replace(self, hint=hint)
-
-    @property
-    def nbytes(self) -> Int64Array:
-        """``int64[n]``: payload bytes of each chunk; 0 for objects."""
-        itemsize = np.array([dtype.itemsize for dtype in BY_CODE], np.int64)
-        volume = self.sizes.prod(axis=1, dtype=np.int64)
-        return np.where(self.kind == OBJECT, 0, volume * itemsize[self.dtype])
+    kept: list[BoolArray]
+    hints: list[Int64Array]
+    index: CheckpointIndex
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _AllRanks:
-    """The rows of all ranks, one after the other."""
+def plan_writes(
+    columns: Sequence[WriteColumns], *, lowest_rank: bool, check_coverage: bool
+) -> GlobalPlan:
+    """Choose who writes what, and make the index: `deduplicate`, then `merge`, in one pass.
 
-    rows: WriteColumns
-    rank: Int64Array
-    key: Int64Array  # number of the key, in order of first appearance
-    key_names: list[str]
-
-
-def _concatenate(columns: Sequence[WriteColumns]) -> _AllRanks:
-    axes = max((c.shape.shape[1] for c in columns), default=0)
-
-    def padded(name: str, fill: int) -> Int64Array:
-        parts: list[Int64Array] = [getattr(c, name) for c in columns]
-        wide = [
-            np.pad(p, ((0, 0), (0, axes - p.shape[1])), constant_values=fill)
-            if p.shape[1] < axes
-            else p
-            for p in parts
-        ]
-        return np.concatenate(wide) if wide else np.zeros((0, axes), np.int64)
-
-    def joined(name: str, dtype: npt.DTypeLike) -> Any:
-        return np.concatenate([np.zeros(0, dtype), *[getattr(c, name) for c in columns]])
-
-    numbers: dict[str, int] = {}
-    keys = [key for c in columns for key in c.keys]
-    key = np.array([numbers.setdefault(k, len(numbers)) for k in keys], np.int64)
-    rows = WriteColumns(
-        keys=keys,
-        kind=joined("kind", np.uint8),
-        dtype=joined("dtype", np.uint8),
-        ndim=joined("ndim", np.int16),
-        shape=padded("shape", 1),
-        offsets=padded("offsets", 0),
-        sizes=padded("sizes", 1),
-        requires_grad=joined("requires_grad", np.bool_),
-        pin_memory=joined("pin_memory", np.bool_),
-        memory_format=joined("memory_format", np.uint8),
-        hint=joined("hint", np.int64),
+    Raises
+    ------
+    PlanError
+        If ranks disagree, chunks overlap, lie outside their tensor, or (with `check_coverage`)
+        leave gaps.
+    """
+    joined = join(columns)
+    keep = _owners(joined, len(columns), lowest_rank=lowest_rank)
+    hint, index = _index(joined, keep, check_coverage=check_coverage)
+    return GlobalPlan(
+        kept=cast(list[BoolArray], joined.by_rank(keep)),
+        hints=cast(list[Int64Array], joined.by_rank(hint)),
+        index=index,
     )
-    rank = np.repeat(np.arange(len(columns)), [len(c) for c in columns])
-    return _AllRanks(rows, rank, key, list(numbers))
-
-
-def group_rows(rows: Int64Array) -> Int64Array:
-    """Return ``int64[n]``: equal numbers for equal rows of ``rows[n, m]``."""
-    if len(rows) == 0:
-        return np.zeros(0, np.int64)
-    order = np.lexsort(rows.T[::-1]) if rows.shape[1] else np.arange(len(rows))
-    ordered = rows[order]
-    new = np.ones(len(rows), np.int64)
-    new[0] = 0
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    groups = np.empty(len(rows), np.int64)
-    groups[order] = np.cumsum(new)
-    return groups
-
-
-def _split(values: npt.NDArray[Any], columns: Sequence[WriteColumns]) -> list[Any]:
-    return np.split(values, np.cumsum([len(c) for c in columns])[:-1]) if columns else []
 
 
 def deduplicate(columns: Sequence[WriteColumns], *, lowest_rank: bool) -> list[BoolArray]:
@@ -170,50 +91,9 @@ def deduplicate(columns: Sequence[WriteColumns], *, lowest_rank: bool) -> list[B
     PlanError
         If ranks disagree about a key's shape, dtype or kind; names every such key.
     """
-    everything = _concatenate(columns)
-    rows = everything.rows
-    _check_agreement(everything)
-    replicas = group_rows(
-        np.column_stack([everything.key, rows.kind == OBJECT, rows.offsets, rows.sizes])
-    )
-    keep = choose_owners(
-        replicas,
-        everything.rank,
-        rows.nbytes + _RECORD_OVERHEAD,
-        len(columns),
-        lowest_rank=lowest_rank,
-    )
-    return _split(keep, columns)
-
-
-def _check_agreement(everything: _AllRanks) -> None:
-    """Raise where two rows of one key differ in kind, dtype or shape."""
-    rows, key = everything.rows, everything.key
-    if len(key) == 0:
-        return
-    _, first = np.unique(key, return_index=True)
-    reference = first[key]
-    described = np.column_stack([rows.kind == OBJECT, rows.dtype, rows.ndim, rows.shape])
-    differs = (described != described[reference]).any(axis=1)
-    problems: dict[str, Problem] = {}
-    for row in np.flatnonzero(differs).tolist():
-        one, other = (
-            f"{_describe(rows, r)} on rank {everything.rank[r]}" for r in (int(reference[row]), row)
-        )
-        problems.setdefault(
-            rows.keys[row], Problem(f"ranks disagree: {one}, {other}", rows.keys[row])
-        )
-        if len(problems) == _MOST_PROBLEMS:
-            break
-    if problems:
-        raise PlanError("the ranks' state dicts do not fit together", problems.values())
-
-
-def _describe(rows: WriteColumns, row: int) -> str:
-    if rows.kind[row] == OBJECT:
-        return "an object"
-    shape = tuple(rows.shape[row, : rows.ndim[row]].tolist())
-    return f"a {BY_CODE[int(rows.dtype[row])].name} tensor of shape {shape}"
+    joined = join(columns)
+    keep = _owners(joined, len(columns), lowest_rank=lowest_rank)
+    return cast(list[BoolArray], joined.by_rank(keep))
 
 
 def merge(
@@ -233,52 +113,74 @@ def merge(
     PlanError
         If chunks overlap, lie outside their tensor, or (with `check_coverage`) leave gaps.
     """
-    everything = _concatenate(columns)
-    rows = everything.rows
-    is_object = rows.kind == OBJECT
-    tensor_rows = np.flatnonzero(~is_object)
-    object_rows = np.flatnonzero(is_object)
-    order = tensor_rows[np.argsort(everything.key[tensor_rows], kind="stable")]
-    key_numbers, first, counts = np.unique(
-        everything.key[order], return_index=True, return_counts=True
+    joined = join(columns)
+    everything = np.ones(len(joined.key), np.bool_)
+    hint, index = _index(joined, everything, check_coverage=check_coverage)
+    return cast(list[Int64Array], joined.by_rank(hint)), index
+
+
+def _owners(joined: Joined, world_size: int, *, lowest_rank: bool) -> BoolArray:
+    order, is_new = replicas(joined)
+    if is_new.all():
+        return np.ones(len(order), np.bool_)
+    keep = np.zeros(len(order), np.bool_)
+    keep[order] = choose_owners(
+        np.cumsum(is_new),
+        joined.rank[order],
+        joined.nbytes[order] + _RECORD_OVERHEAD,
+        world_size,
+        lowest_rank=lowest_rank,
     )
-    head = order[first]
+    return keep
+
+
+def _index(
+    joined: Joined, keep: BoolArray, *, check_coverage: bool
+) -> tuple[Int64Array, CheckpointIndex]:
+    """Return each row's place among its tensor's chunks, and the index of the kept rows."""
+    heads = joined.heads
+    of_object = heads.is_object[joined.key]
+    rows = np.flatnonzero(keep & ~of_object)
+    object_keys = joined.key[keep & of_object]
+    objects = object_keys[np.argsort(joined.order[keep & of_object], kind="stable")]
+    tensors = np.flatnonzero(~heads.is_object)
+    counts = np.bincount(joined.key[rows], minlength=len(heads.names))[tensors]
     first_chunk = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    tensor = np.repeat(np.arange(len(head)), counts)
-    hint = np.full(len(rows), -1, np.int64)
-    hint[order] = np.arange(len(order)) - first_chunk[tensor]
-    unknown = np.full(len(order), -1, np.int64)
+    tensor = np.repeat(np.arange(len(tensors)), counts)
+    hint = np.full(len(keep), -1, np.int64)
+    hint[rows] = np.arange(len(rows)) - first_chunk[tensor]
+    nowhere = np.zeros(len(objects), np.int64)
     index = CheckpointIndex(
         tensors=Tensors(
-            keys=[everything.key_names[k] for k in key_numbers.tolist()],
-            dtype=rows.dtype[head],
-            ndim=rows.ndim[head],
-            shape=rows.shape[head],
+            keys=[heads.names[key] for key in tensors.tolist()],
+            dtype=heads.dtype[tensors],
+            ndim=heads.ndim[tensors],
+            shape=heads.shape[tensors],
             first_chunk=first_chunk,
-            requires_grad=rows.requires_grad[head],
-            pin_memory=rows.pin_memory[head],
-            memory_format=rows.memory_format[head],
+            requires_grad=heads.requires_grad[tensors],
+            pin_memory=heads.pin_memory[tensors],
+            memory_format=heads.memory_format[tensors],
         ),
         chunks=Chunks(
             tensor=tensor,
-            offsets=rows.offsets[order],
-            sizes=rows.sizes[order],
-            file=np.zeros(len(order), np.int32),
-            record_offset=unknown,
-            record_length=unknown.copy(),
-            container=np.full(len(order), Container.TORCH_RECORD, np.uint8),
-            transform=np.zeros(len(order), np.int16),
+            offsets=joined.offsets[rows],
+            sizes=joined.sizes[rows],
+            file=np.zeros(len(rows), np.int32),
+            record_offset=np.full(len(rows), -1, np.int64),
+            record_length=np.full(len(rows), -1, np.int64),
+            container=np.full(len(rows), Container.TORCH_RECORD, np.uint8),
+            transform=np.zeros(len(rows), np.int16),
         ),
         objects=Objects(
-            keys=[rows.keys[row] for row in object_rows.tolist()],
-            file=np.zeros(len(object_rows), np.int32),
-            record_offset=np.zeros(len(object_rows), np.int64),
-            record_length=np.zeros(len(object_rows), np.int64),
-            transform=np.zeros(len(object_rows), np.int16),
+            keys=[heads.names[key] for key in objects.tolist()],
+            file=nowhere.astype(np.int32),
+            record_offset=nowhere,
+            record_length=nowhere.copy(),
+            transform=nowhere.astype(np.int16),
         ),
         files=["(not written yet)"],
         transforms=[()],
-        key_order=everything.key_names,
+        key_order=heads.names,
         paths=None,
         storage_meta=None,
         version=None,
@@ -286,5 +188,27 @@ def merge(
     )
     problems = find_problems(index, rows=None, file_sizes=None, check_coverage=check_coverage)
     if problems:
+        problems = _with_ranks(problems, index, joined.rank[rows], len(joined.bounds) - 1)
         raise PlanError("the ranks' chunks do not make up the tensors", problems)
-    return _split(hint, columns), index
+    return hint, index
+
+
+def _with_ranks(
+    problems: Sequence[Problem], index: CheckpointIndex, rank: Int64Array, world_size: int
+) -> list[Problem]:
+    """Say of each problem which ranks hold chunks of the tensor."""
+    rows = {key: row for row, key in enumerate(index.tensors.keys)}
+    found = []
+    for problem in problems:
+        row = rows.get(problem.key or "")
+        if row is not None and world_size > 1:
+            own = rank[index.tensors.first_chunk[row] : index.tensors.first_chunk[row + 1]]
+            ranks = np.unique(own).tolist()
+            named = ", ".join(str(number) for number in ranks[:_MOST_RANKS])
+            more = f" and {len(ranks) - _MOST_RANKS} more" if len(ranks) > _MOST_RANKS else ""
+            text = (
+                f"{problem.message}; its chunks are on rank{'s' * (len(ranks) > 1)} {named}{more}"
+            )
+            problem = replace(problem, message=f"{text} of {world_size}")
+        found.append(problem)
+    return found
