@@ -24,7 +24,7 @@ from shardpoint.dcp.planner import (
     WriteItem,
 )
 from shardpoint.dcp.state_dict_loader import LoadReport, load, load_state_dict
-from shardpoint.dcp.state_dict_saver import save, save_state_dict
+from shardpoint.dcp.state_dict_saver import async_save, save, save_state_dict
 from shardpoint.dcp.stateful import Stateful
 from shardpoint.dcp.storage import StorageReader, StorageWriter
 
@@ -50,6 +50,7 @@ __all__ = [
     "StorageWriter",
     "TensorStorageMetadata",
     "WriteItem",
+    "async_save",
     "load",
     "load_sharded_optimizer_state_dict",
     "load_state_dict",

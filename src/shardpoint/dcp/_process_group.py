@@ -23,7 +23,7 @@ from shardpoint.dcp._exchange import Exchange, tree_of
 from shardpoint.dcp._roll_call import RollCall
 from shardpoint.errors import PlanError, RankLostError, ShardpointError
 
-__all__ = ["ProcessGroupCoordinator", "Timeout", "coordinator_for"]
+__all__ = ["ProcessGroupCoordinator", "Timeout", "coordinator_for", "seconds_of", "timeout_of"]
 
 Timeout = float | timedelta | None
 """Seconds, or None for the process group's own."""
@@ -56,13 +56,14 @@ def coordinator_for(
     name
         What is done, for messages.
     """
-    seconds = _seconds(timeout)
+    seconds = seconds_of(timeout)
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return SingleProcess()
     return ProcessGroupCoordinator(process_group, coordinator_rank, timeout=seconds, name=name)
 
 
-def _seconds(timeout: Timeout) -> float | None:
+def seconds_of(timeout: Timeout) -> float | None:
+    """Return seconds, or None; refuse what is not more than 0."""
     if timeout is None:
         return None
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
@@ -71,7 +72,7 @@ def _seconds(timeout: Timeout) -> float | None:
     return seconds
 
 
-def _timeout_of(group: dist.ProcessGroup) -> float:
+def timeout_of(group: dist.ProcessGroup) -> float:
     """Return the timeout that a group was made with."""
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
@@ -123,10 +124,15 @@ class ProcessGroupCoordinator:
         group = process_group if process_group is not None else dist.group.WORLD
         if not isinstance(group, dist.ProcessGroup):
             raise PlanError("this process is not a rank of the given process group")
-        self._seconds = timeout if timeout is not None else _timeout_of(group)
-        self._group = _cpu_group(group, self._seconds)
-        self._rank: int = dist.get_rank(self._group)
-        self._world_size: int = dist.get_world_size(self._group)
+        seconds = timeout if timeout is not None else timeout_of(group)
+        self._use(_cpu_group(group, seconds), coordinator_rank, seconds, name)
+
+    def _use(self, group: Any, coordinator_rank: int, seconds: float, name: str) -> None:
+        """Speak over a group of torch's, or over one that only this package knows."""
+        self._seconds = seconds
+        self._group = group
+        self._rank: int = group.rank()
+        self._world_size: int = group.size()
         if not 0 <= coordinator_rank < self._world_size:
             raise PlanError(
                 f"coordinator_rank is {coordinator_rank}, but the group has {self._world_size} "
@@ -147,7 +153,8 @@ class ProcessGroupCoordinator:
     @property
     def group(self) -> dist.ProcessGroup:
         """The group over which bytes travel."""
-        return self._group
+        found: dist.ProcessGroup = self._group
+        return found
 
     @property
     def rank(self) -> int:

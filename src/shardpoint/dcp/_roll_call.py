@@ -29,7 +29,7 @@ class RollCall:
         The number of the save or load, the same on all ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, operation: int) -> None:
+    def __init__(self, group: Any, rank: int, operation: int) -> None:
         self._store: Any = _store_of(group)
         self._rank = rank
         self._operation = operation
@@ -86,7 +86,10 @@ class RollCall:
         return None
 
 
-def _store_of(group: dist.ProcessGroup) -> Any:
+def _store_of(group: Any) -> Any:
+    own = getattr(group, "store", None)
+    if own is not None:
+        return own
     try:
         return dist.distributed_c10d._get_process_group_store(group)
     except (AttributeError, KeyError):

@@ -31,6 +31,7 @@ from shardpoint.dcp.planner import (
     SavePlan,
     SavePlanner,
 )
+from shardpoint.dcp.staging import BlockingAsyncStager
 from shardpoint.dcp.storage import StorageReader, StorageWriter, WriteResult
 from shardpoint.engine import committing
 from shardpoint.engine.executor import default_threads
@@ -114,7 +115,7 @@ class _StoragePrefix:
     prefix: str
 
 
-class FileSystemWriter(StoragePlace, StorageWriter):
+class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
     """Writes a checkpoint into a folder, or to a URL.
 
     The place may hold a checkpoint already: it stays readable until the new one is
@@ -133,7 +134,7 @@ class FileSystemWriter(StoragePlace, StorageWriter):
     per_thread_copy_ahead
         Accepted for torch's sake: copies from a device are made one tensor at a time.
     cache_staged_state_dict
-        Accepted for torch's sake: it concerns asynchronous saves.
+        Keep the copy's memory between asynchronous saves with this writer.
     overwrite
         Replace a checkpoint that is there already, instead of an error.
     _extensions, serialization_format
@@ -158,6 +159,7 @@ class FileSystemWriter(StoragePlace, StorageWriter):
             raise NotSupportedError(f"writing {serialization_format} is not supported")
         if thread_count < 1:
             raise PlanError(f"thread_count must be at least 1, not {thread_count}")
+        BlockingAsyncStager.__init__(self, cache_staged_state_dict=cache_staged_state_dict)
         self.single_file_per_rank = single_file_per_rank
         self.sync_files = sync_files
         self.thread_count = thread_count

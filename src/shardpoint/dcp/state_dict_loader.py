@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, agree, gather_scatter
+from shardpoint.dcp._pending import wait_for_place
 from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._signatures import accepted, takes
 from shardpoint.dcp._state import is_stateful
@@ -170,6 +171,8 @@ def _reader(
     checkpoint_id: str | os.PathLike[str] | None,
     allowed: Mapping[str, Callable[..., Any]] | None = None,
 ) -> StorageReader:
+    # one that this process is still writing is read when it is complete
+    wait_for_place(checkpoint_id or getattr(storage_reader, "checkpoint_id", None))
     if storage_reader is not None:
         storage_reader.reset(checkpoint_id)
         return storage_reader

@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,14 @@ from shardpoint.coordination import (
     broadcast_result,
     gather_scatter,
 )
+from shardpoint.dcp._async_saving import (
+    AsyncCheckpointerType,
+    AsyncSaveResponse,
+    SaveRequest,
+    start_save,
+)
 from shardpoint.dcp._metadata_view import index_of, metadata_of
+from shardpoint.dcp._pending import settle
 from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._signatures import accepted
 from shardpoint.dcp._state import call_state_dict
@@ -28,11 +36,18 @@ from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.filesystem import FileSystemWriter, _StorageInfo
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
 from shardpoint.dcp.planner import SavePlan, SavePlanner
+from shardpoint.dcp.staging import AsyncStager
 from shardpoint.dcp.storage import StorageWriter, WriteResult
 from shardpoint.errors import PlanError, RankFailedError, ShardpointError
 from shardpoint.index import CheckpointIndex
 
-__all__ = ["save", "save_state_dict"]
+__all__ = [
+    "AsyncCheckpointerType",
+    "AsyncSaveResponse",
+    "async_save",
+    "save",
+    "save_state_dict",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +131,92 @@ def save(
         coordinator = SingleProcess()
         rank = coordinator_for(process_group, 0, no_dist, timeout=timeout, name="save").rank
     return _save(
-        lambda: call_state_dict(state_dict),
+        lambda: _current_state(state_dict),
         make_writer=lambda: _writer(storage_writer, checkpoint_id),
         planner=planner,
         coordinator=coordinator,
         rank=rank,
+    )
+
+
+def _current_state(state_dict: STATE_DICT_TYPE) -> dict[str, Any]:
+    settle()  # here, so that all ranks hear of it if an asynchronous save failed
+    return call_state_dict(state_dict)
+
+
+def async_save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    timeout: Timeout = None,
+) -> Future[Metadata] | AsyncSaveResponse:
+    """Copy a state dict, and save the copy while the program goes on.
+
+    When this returns, or with a stager that copies in the background when
+    ``staging_completion`` is done, tensors and objects may be changed: the checkpoint has
+    their values from before.
+
+    Saves follow one another: this waits for the one before, and so does `save`. The program
+    does not exit before the last is done.
+
+    Parameters
+    ----------
+    state_dict, checkpoint_id, storage_writer, planner, process_group, no_dist
+    use_collectives, timeout
+        As for `save`. All ranks of the group call this; the first call for a group makes a
+        second one of the same ranks, for the background alone. In the process form writer,
+        planner and objects are pickled, and the program's own ones stay as they are.
+    async_checkpointer_type
+        Save in a thread of this process, or in a process of its own, which is started once.
+    async_stager
+        Who copies. None is the storage writer, where it is a stager too (a
+        `FileSystemWriter` is), or a `BlockingAsyncStager`.
+
+    Returns
+    -------
+    Future of Metadata
+        Done when the checkpoint is complete.
+    AsyncSaveResponse
+        Instead, if the stager's ``stage`` gave a future.
+
+    Raises
+    ------
+    CheckpointException
+        From the future, as `save` raises it. Here, if the asynchronous save before failed
+        and nobody has asked its future: then this one was not begun.
+    PlanError
+        If a value of the state cannot be copied. The other ranks' futures name this one.
+    """
+    return start_save(
+        state_dict,
+        SaveRequest(checkpoint_id, storage_writer, planner, rank=None),
+        process_group=process_group,
+        kind=async_checkpointer_type,
+        async_stager=async_stager,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        timeout=timeout,
+        save=save_staged,
+    )
+
+
+def save_staged(
+    request: SaveRequest, staged: Callable[[], dict[str, Any]], coordinator: Coordinator
+) -> Metadata:
+    """Save what an asynchronous save has copied; runs in the background."""
+    return _save(
+        staged,
+        make_writer=lambda: _writer(request.storage_writer, request.checkpoint_id),
+        planner=request.planner,
+        coordinator=coordinator,
+        rank=request.rank,
     )
 
 

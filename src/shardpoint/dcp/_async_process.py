@@ -1,0 +1,319 @@
+"""Saves in a process of their own, which never holds up the training's interpreter.
+
+One process is started for each process that saves this way, at its first such save, and ends
+with it. It gets the staged state through shared memory, and plans, writes and commits. It has
+no process group and opens no port: when ranks have to exchange something, this side does that
+for it, in the thread that waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing.spawn
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from shardpoint.coordination import Coordinator
+from shardpoint.dcp import _pending
+from shardpoint.dcp._metadata_view import metadata_of
+from shardpoint.dcp._saver_channel import (
+    Channel,
+    dump_state,
+    is_in_shared_memory,
+    load_state,
+    portable,
+)
+from shardpoint.dcp._stage_state import StateStager, memory_of
+from shardpoint.dcp.api import CheckpointException, checkpoint_exceptions
+from shardpoint.dcp.filesystem import _StorageInfo
+from shardpoint.dcp.metadata import Metadata
+from shardpoint.errors import (
+    NotSupportedError,
+    PlanError,
+    RankFailedError,
+    RankLostError,
+    ShardpointError,
+)
+from shardpoint.index import CheckpointIndex
+
+__all__ = ["GuardedCoordinator", "save_guarded", "save_in_process", "start_process"]
+
+logger = logging.getLogger(__name__)
+
+_CHILD_MARK = "SHARDPOINT_SAVER_PROCESS"
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
+    "from shardpoint.dcp._saver_process import main; main()"
+)
+
+
+class _Process:
+    """The process that saves for this one."""
+
+    def __init__(self) -> None:
+        if os.environ.get(_CHILD_MARK) == "1":
+            raise NotSupportedError(
+                "the main script saves while the saving process imports it: put what it does "
+                "under `if __name__ == '__main__':`"
+            )
+        here, there = socket.socketpair()
+        with there:
+            arguments = [str(there.fileno()), str(os.getpid()), json.dumps(sys.path)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, *arguments],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, _CHILD_MARK: "1"},
+            )
+        self.channel = Channel(here)
+        self._sent: set[int] = set()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def save(self, request: Any, state: dict[str, Any], coordinator: Coordinator) -> Metadata:
+        """Have a state in shared memory saved."""
+        message, slabs = _dumped(request, state)
+        new = [(number, slab) for number, slab in slabs.items() if number not in self._sent]
+        header = {
+            "kept": list(slabs),
+            "new": [(number, slab.size) for number, slab in new],
+            "main": _main_script(),
+            "folder": os.getcwd(),
+            "rank": coordinator.rank,
+            "world_size": coordinator.world_size,
+            "coordinator_rank": coordinator.coordinator_rank,
+            "log_level": logging.getLogger("shardpoint").getEffectiveLevel(),
+        }
+        try:
+            self.channel.send(pickle.dumps(header))
+            for _, slab in new:
+                assert slab.file is not None
+                self.channel.send_file(slab.file)
+            self._sent = set(slabs)
+            self.channel.send(message)
+            is_done, value = self._serve(coordinator)
+        except (EOFError, ConnectionError):
+            raise self._death() from None
+        if not is_done:
+            raise value
+        if isinstance(value, CheckpointIndex):
+            return metadata_of(value, _StorageInfo)
+        metadata: Metadata = value
+        return metadata
+
+    def _serve(self, coordinator: Coordinator) -> tuple[bool, Any]:
+        """Do what the saving process asks for until it is done or has failed."""
+        while True:
+            kind, value = load_state(self.channel.receive(), None)
+            if kind == "exchange":
+                self.channel.send(pickle.dumps(_exchange(coordinator, *value)))
+            elif kind == "log":
+                logging.getLogger(value["name"]).handle(logging.makeLogRecord(value))
+            else:
+                return kind == "done", value
+
+    def _death(self) -> ShardpointError:
+        self.close()
+        code = self._process.returncode
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return ShardpointError(
+            f"the saving process {self._process.pid} ended {how} before the save was done; the "
+            f"next save starts a new one"
+        )
+
+    def close(self) -> None:
+        """End the process, which has nothing left to do."""
+        self.channel.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _dumped(request: Any, state: dict[str, Any]) -> tuple[bytes, Any]:
+    try:
+        return dump_state((request, state))
+    except ShardpointError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            "the planner, the storage writer or an object in the state cannot be pickled, which "
+            f"saving in another process needs: {error}"
+        ) from error
+
+
+def _main_script() -> dict[str, Any]:
+    found: dict[str, Any] = multiprocessing.spawn.get_preparation_data("shardpoint-saver")
+    # only where the script is; not the keys and settings of multiprocessing itself
+    names = ("init_main_from_name", "init_main_from_path", "sys_path", "sys_argv", "dir")
+    return {name: found[name] for name in names if name in found}
+
+
+def _exchange(coordinator: Coordinator, name: str, payload: Any) -> tuple[str, Any]:
+    try:
+        return "value", getattr(coordinator, name)(payload)
+    except Exception as error:  # noqa: BLE001  raised in the saving process, and comes back
+        return "failed", portable(error)
+
+
+_process: _Process | None = None
+
+
+def start_process() -> None:
+    """Start the saving process if there is none; it takes seconds, which nobody waits for here."""
+    global _process
+    if _process is None or not _process.is_alive:
+        if _process is not None:
+            _process.close()
+        _process = _Process()
+
+
+def save_in_process(
+    request: Any, staged: Callable[[], dict[str, Any]], coordinator: Coordinator
+) -> Metadata:
+    """Save with the help of the saving process; `coordinator` is guarded."""
+    state = staged()
+    start_process()
+    assert _process is not None
+    # what a stager of the program copied to private memory is copied once more, out of the way
+    if not all(is_in_shared_memory(t) for t in memory_of(state) if t.nbytes):
+        stager = StateStager(shared=True, pinned=False, keep=False, type_check=False)
+        state = stager.stage(state, non_blocking=False)
+    return _process.save(request, state, coordinator)
+
+
+class GuardedCoordinator:
+    """A coordinator with which a rank can give up between any two exchanges.
+
+    A saving process may end at any moment, and then nobody knows what its rank would have
+    sent next. So before every exchange the ranks ask whether all are still there.
+    """
+
+    def __init__(self, inner: Coordinator) -> None:
+        self._inner = inner
+        self._is_over = inner.world_size == 1
+        self._step = ""
+        self.rank = inner.rank
+        self.world_size = inner.world_size
+        self.coordinator_rank = inner.coordinator_rank
+        self.is_coordinator = inner.is_coordinator
+
+    def begin(self, step: str) -> None:
+        self._step = step
+
+    def gather(self, payload: bytes) -> list[bytes | ShardpointError] | None:
+        self._check()
+        return self._inner.gather(payload)
+
+    def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
+        self._check()
+        return self._inner.scatter(payloads)
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        self._check()
+        return self._inner.broadcast(payload)
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the other ranks that this one is out."""
+        if not self._is_over:
+            self._vote(error)
+
+    def end(self) -> None:
+        """Leave together with the other ranks.
+
+        Raises
+        ------
+        RankFailedError
+            If another one gave up.
+        """
+        self._check()
+        self._is_over = True
+
+    def _check(self) -> None:
+        """Raise if a rank is out, and say which step comes next otherwise."""
+        if not self._is_over:
+            failures = self._vote(None)
+            if failures:
+                raise RankFailedError("save", failures)
+        self._inner.begin(self._step)
+
+    def _vote(self, own: BaseException | None) -> dict[int, BaseException]:
+        inner = self._inner
+        inner.begin("all there")
+        gathered = inner.gather(b"" if own is None else pickle.dumps(portable(own)))
+        if gathered is None:
+            verdict = inner.broadcast(None)
+        else:
+            votes: dict[int, BaseException] = {
+                rank: vote if isinstance(vote, ShardpointError) else pickle.loads(vote)  # noqa: S301
+                for rank, vote in enumerate(gathered)
+                if vote
+            }
+            verdict = pickle.dumps(votes) if votes else b""
+            try:
+                inner.broadcast(verdict)
+            except RankLostError:
+                if not votes:
+                    raise
+        failures: dict[int, BaseException] = pickle.loads(verdict) if verdict else {}  # noqa: S301
+        self._is_over = bool(failures)
+        return failures
+
+
+def save_guarded(coordinator: GuardedCoordinator, save: Callable[[], Metadata]) -> Metadata:
+    """Run a save and leave together with the other ranks, or tell them why not."""
+    with checkpoint_exceptions():
+        try:
+            metadata = save()
+        except CheckpointException as error:
+            if error.is_agreed:  # all ranks have it
+                with suppress(RankFailedError, RankLostError):
+                    coordinator.end()
+            raise
+        except RankLostError as lost:
+            raise _failed(dict.fromkeys(lost.ranks, lost)) from lost
+        except BaseException as error:
+            with suppress(RankLostError):
+                coordinator.give_up(error)
+            if not isinstance(error, Exception):
+                raise
+            raise _failed({coordinator.rank: error}) from error
+        try:
+            coordinator.end()
+        except RankLostError as lost:
+            raise _failed(dict.fromkeys(lost.ranks, lost)) from lost
+    return metadata
+
+
+def _failed(causes: dict[int, BaseException]) -> RankFailedError:
+    return RankFailedError("save", causes)
+
+
+def _close_at_exit() -> None:
+    global _process
+    _pending.wait_at_exit()
+    if _process is not None:
+        _process.close()
+        _process = None
+
+
+def _forget() -> None:
+    """A forked child is not the one that the saving process saves for."""
+    global _process
+    _process = None
+
+
+os.register_at_fork(after_in_child=_forget)
+_register: Any = getattr(threading, "_register_atexit")  # noqa: B009
+_register(_close_at_exit)

@@ -1,0 +1,221 @@
+"""How a process and the one that saves for it speak: framed bytes, pickles, descriptors.
+
+State is pickled without the memory of its tensors: a tensor in shared memory travels as its
+place there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import multiprocessing.spawn
+import pickle
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard
+from torch.distributed.tensor import DTensor
+
+from shardpoint.dcp._slabs import Slab, shared_slab_at
+from shardpoint.dcp._stage_state import sharded_tensor_of
+from shardpoint.errors import ShardpointError
+
+__all__ = ["Channel", "dump_state", "is_in_shared_memory", "load_state", "portable", "set_memory"]
+
+_LENGTH = struct.Struct("<Q")
+
+
+class Channel:
+    """Messages over a Unix socket, whole and in order.
+
+    A side that is gone makes the other raise `EOFError` or `OSError`.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def send(self, message: bytes) -> None:
+        self._socket.sendall(_LENGTH.pack(len(message)))
+        self._socket.sendall(message)
+
+    def receive(self) -> bytes:
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+        return bytes(self._exactly(length))
+
+    def _exactly(self, length: int) -> bytearray:
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            count = self._socket.recv_into(view[done:])
+            if count == 0:
+                raise EOFError
+            done += count
+        return data
+
+    def send_file(self, file: int) -> None:
+        """Send an open file; the other side gets a descriptor of its own."""
+        socket.send_fds(self._socket, [b"f"], [file])
+
+    def receive_file(self) -> int:
+        data, files, _, _ = socket.recv_fds(self._socket, 1, 1)
+        if not data or not files:
+            raise EOFError
+        return files[0]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _StatePickler(pickle.Pickler):
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=5)
+        self.slabs: dict[int, Slab] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is torch.Tensor:
+            return self._tensor(value)
+        if kind is torch.nn.Parameter:
+            return _parameter, (value.detach(), value.requires_grad)
+        if kind is torch.UntypedStorage:
+            return self._storage(value)
+        if kind is DTensor:
+            return _dtensor, (value._local_tensor, value._spec, value.requires_grad)
+        if kind is ShardedTensor:
+            shards = [(shard.tensor, shard.metadata) for shard in value.local_shards()]
+            return _sharded_tensor, (shards, value.metadata(), value.sharding_spec())
+        return NotImplemented
+
+    def _tensor(self, tensor: torch.Tensor) -> Any:
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            return NotImplemented
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+        place = (plain.storage_offset(), tuple(plain.shape), plain.stride())
+        return _tensor, (plain.untyped_storage(), plain.dtype, *place, tensor.requires_grad)
+
+    def _storage(self, storage: torch.UntypedStorage) -> Any:
+        slab = _slab_of(storage)
+        if slab is None:
+            return _storage_of, (bytes(_bytes_of(storage).numpy()),)
+        self.slabs[slab.number] = slab
+        return _storage_at, (slab.number, storage.data_ptr() - slab.address, storage.nbytes())
+
+
+def _slab_of(storage: torch.UntypedStorage) -> Slab | None:
+    return shared_slab_at(storage.data_ptr()) if storage.device.type == "cpu" else None
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def is_in_shared_memory(tensor: torch.Tensor) -> bool:
+    """Whether another process can be given a tensor without its bytes."""
+    return _slab_of(tensor.untyped_storage()) is not None
+
+
+def dump_state(value: Any) -> tuple[bytes, Mapping[int, Slab]]:
+    """Pickle a value; also return the slabs that hold its tensors, by number."""
+    stream = io.BytesIO()
+    pickler = _StatePickler(stream)
+    pickler.dump(value)
+    return stream.getvalue(), pickler.slabs
+
+
+_memory: Mapping[int, npt.NDArray[np.uint8]] = {}
+
+
+def set_memory(memory: Mapping[int, npt.NDArray[np.uint8]]) -> None:
+    """Say where `load_state` finds the memory of tensors, by the slabs' numbers."""
+    global _memory
+    _memory = memory
+
+
+class _StateUnpickler(pickle.Unpickler):
+    """Finds classes of the main script in either process.
+
+    The saving process imports the script only if something comes from there, and under the
+    name ``__mp_main__``, as `multiprocessing` does.
+    """
+
+    def __init__(self, stream: io.BytesIO, prepare: Callable[[], None] | None) -> None:
+        super().__init__(stream)
+        self._prepare = prepare
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__main__" and self._prepare is not None:
+            self._prepare()
+        if module == "__mp_main__" and self._prepare is None:
+            module = "__main__"
+        if module in ("__main__", "__mp_main__"):
+            importlib.import_module(module)
+        return super().find_class(module, name)
+
+
+def load_state(message: bytes, main: Mapping[str, Any] | None) -> Any:
+    """Undo `dump_state`.
+
+    Parameters
+    ----------
+    main
+        In the saving process, how to import the main script; None in the other.
+    """
+    prepare = None
+    if main is not None:
+        given = dict(main)
+
+        def prepare() -> None:
+            multiprocessing.spawn.prepare(given)
+
+    return _StateUnpickler(io.BytesIO(message), prepare).load()
+
+
+def _storage_at(number: int, offset: int, length: int) -> torch.UntypedStorage:
+    memory = _memory[number]
+    data = torch.frombuffer(memory, dtype=torch.uint8, count=length, offset=offset)
+    return data.untyped_storage()
+
+
+def _storage_of(data: bytes) -> torch.UntypedStorage:
+    own = bytearray(data)
+    plain = torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
+    return plain.untyped_storage()
+
+
+def _tensor(
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    requires_grad: bool,
+) -> torch.Tensor:
+    tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, strides)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad)
+
+
+def _dtensor(local: torch.Tensor, spec: Any, requires_grad: bool) -> Any:
+    return DTensor(local, spec, requires_grad=requires_grad)  # type: ignore[no-untyped-call]
+
+
+def _sharded_tensor(shards: list[tuple[Any, Any]], metadata: Any, spec: Any) -> ShardedTensor:
+    return sharded_tensor_of([Shard(*shard) for shard in shards], metadata, spec, None)
+
+
+def portable(error: BaseException) -> BaseException:
+    """Return the error, or a stand-in for one that does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301  many pickle but do not come back
+    except Exception:  # noqa: BLE001
+        return ShardpointError(f"{type(error).__name__}: {error}")
+    return error

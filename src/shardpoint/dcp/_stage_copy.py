@@ -1,0 +1,215 @@
+"""Copies of many tensors into one slab: one pass over memory, shared memory copied once.
+
+What is copied are spans of bytes. Tensors whose memory overlaps give one span, so tensors
+that share memory share it in the copy too. A tensor with holes (a few columns of a
+matrix) is copied element by element instead, into memory without holes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shardpoint.dcp._slabs import Lease
+from shardpoint.engine.executor import run_tasks
+
+__all__ = ["Layout", "copy_tensors", "lay_out"]
+
+_ALIGNMENT = 64
+_PIECE = 32 << 20  # what one thread takes of a large span
+_SMALL = 256 << 10  # spans up to this size are copied without letting go of the GIL
+_MOST_HOLES = 1.25  # memory over elements, up to which holes are copied along
+
+_memmove_alone = ctypes.CDLL(None).memmove
+_memmove_held = ctypes.PyDLL(None).memmove
+for _function in (_memmove_alone, _memmove_held):
+    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    _function.restype = ctypes.c_void_p
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spans:
+    """Spans of one device: source address, bytes, offset in the slab, a tensor in each."""
+
+    begin: Ints
+    length: Ints
+    offset: Ints
+    row: Ints
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """Where the copies of tensors come to lie.
+
+    Attributes
+    ----------
+    size
+        Bytes of all copies.
+    offset
+        Byte offset of each tensor.
+    span_offset, span_length
+        Of the span that the tensor lies in, which is its storage.
+    dense
+        Rows that are copied element by element.
+    shared
+        Rows that lie in a span with others.
+    spans
+        What is copied from each device.
+    """
+
+    size: int
+    offset: Ints
+    span_offset: Ints
+    span_length: Ints
+    dense: set[int] = field(default_factory=set)
+    shared: set[int] = field(default_factory=set)
+    spans: dict[torch.device, _Spans] = field(default_factory=dict)
+
+
+def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
+    """Decide where copies of strided tensors lie; nothing is copied yet."""
+    count = len(tensors)
+    begin, itemsize = np.zeros(count, np.int64), np.ones(count, np.int64)
+    zeros = np.zeros((3, count), np.int64)
+    layout = Layout(0, zeros[0], zeros[1], zeros[2])
+    length = layout.span_length
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for row, tensor in enumerate(tensors):
+        nbytes = tensor.nbytes
+        if nbytes == 0:
+            continue
+        item = tensor.itemsize
+        itemsize[row] = item
+        span = nbytes
+        if not tensor.is_contiguous():
+            reach = sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            span = (reach + 1) * item
+        if span > nbytes * _MOST_HOLES:
+            layout.dense.add(row)
+        else:
+            begin[row], length[row] = tensor.data_ptr(), span
+            by_device[tensor.device].append(row)
+    for device, rows in by_device.items():
+        _place_spans(layout, device, np.array(rows), begin)
+    # a tensor at an odd address, say over bytes of a file, cannot be made over its span
+    layout.dense.update(np.flatnonzero((layout.offset - layout.span_offset) % itemsize).tolist())
+    for row in sorted(layout.dense):
+        layout.offset[row] = layout.span_offset[row] = layout.size
+        layout.span_length[row] = tensors[row].nbytes
+        layout.size += -(-tensors[row].nbytes // _ALIGNMENT) * _ALIGNMENT
+    layout.shared -= layout.dense
+    return layout
+
+
+def _place_spans(layout: Layout, device: torch.device, rows: Ints, begin: Ints) -> None:
+    """Merge overlapping memory of one device's tensors into spans and give each a place."""
+    length = layout.span_length
+    rows = rows[np.argsort(begin[rows], kind="stable")]
+    first = begin[rows]
+    reached = np.maximum.accumulate(first + length[rows])
+    is_new = np.ones(len(rows), np.bool_)
+    is_new[1:] = first[1:] >= reached[:-1]
+    starts = np.flatnonzero(is_new)
+    group = np.cumsum(is_new) - 1
+    lengths = reached[np.append(starts[1:], len(rows)) - 1] - first[starts]
+    room = -(-lengths // _ALIGNMENT) * _ALIGNMENT
+    offsets = layout.size + np.cumsum(room) - room
+    layout.offset[rows] = offsets[group] + first - first[starts][group]
+    layout.span_offset[rows] = offsets[group]
+    layout.span_length[rows] = lengths[group]
+    layout.size += int(room.sum())
+    layout.shared.update(rows[np.bincount(group)[group] > 1].tolist())
+    layout.spans[device] = _Spans(first[starts], lengths, offsets, rows[starts])
+
+
+def copy_tensors(
+    tensors: Sequence[torch.Tensor], layout: Layout, lease: Lease, *, non_blocking: bool
+) -> list[torch.Tensor]:
+    """Copy into the slab; return for each tensor one of the same values and strides there.
+
+    Each copy has a storage of its own (those that shared memory share one): whoever pickles
+    it does not get the whole slab. With `non_blocking`, copies from an accelerator may be
+    under way on return.
+    """
+    memory, dense, shared = lease.memory, layout.dense, layout.shared
+    storages: dict[int, torch.UntypedStorage] = {}
+    places = zip(
+        layout.offset.tolist(),
+        layout.span_offset.tolist(),
+        layout.span_length.tolist(),
+        strict=True,
+    )
+    copies: list[torch.Tensor] = []
+    for row, (tensor, (offset, begin, length)) in enumerate(zip(tensors, places, strict=True)):
+        kind, shape = tensor.dtype, tensor.shape
+        if length == 0:
+            copy = torch.empty_strided(shape, tensor.stride(), dtype=kind)
+        elif row in dense or (row not in shared and tensor.is_contiguous()):
+            copy = torch.frombuffer(memory, dtype=kind, count=shape.numel(), offset=offset)
+            copy = copy.view(shape)
+            if row in dense:
+                copy.copy_(tensor, non_blocking=non_blocking)
+        else:
+            if begin not in storages:
+                storages[begin] = _bytes_at(memory, begin, length).untyped_storage()
+            copy = torch.empty(0, dtype=kind)
+            step = (offset - begin) // tensor.itemsize
+            copy.set_(storages[begin], step, shape, tensor.stride())
+        if tensor.requires_grad:
+            copy.requires_grad_()
+        copies.append(copy)
+    for device, spans in layout.spans.items():
+        if device.type == "cpu":
+            _copy_on_host(spans, lease.slab.address)
+        else:
+            _copy_from_device(tensors, spans, memory, non_blocking)
+    return copies
+
+
+def _bytes_at(memory: npt.NDArray[np.uint8], offset: int, length: int) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8, count=length, offset=offset)
+
+
+def _copy_on_host(spans: _Spans, base: int) -> None:
+    table = np.stack((spans.offset + base, spans.begin, spans.length), 1)
+    small = spans.length <= _SMALL
+    for to, begin, length in table[small].tolist():
+        _memmove_held(to, begin, length)
+    run_tasks(
+        _pieces(table[~small].tolist()),
+        threads=min(4, os.cpu_count() or 1),
+        name="shardpoint-stage",
+    )
+
+
+def _pieces(table: list[list[int]]) -> Iterator[Callable[[], None]]:
+    for to, begin, length in table:
+        for at in range(0, length, _PIECE):
+            yield partial(_memmove_alone, to + at, begin + at, min(_PIECE, length - at))
+
+
+def _copy_from_device(
+    tensors: Sequence[torch.Tensor],
+    spans: _Spans,
+    memory: npt.NDArray[np.uint8],
+    non_blocking: bool,
+) -> None:
+    table = np.stack((spans.row, spans.begin, spans.length, spans.offset), 1)
+    for row, begin, length, offset in table.tolist():
+        tensor = tensors[row]
+        own = tensor.untyped_storage()
+        source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        source.set_(own, begin - own.data_ptr(), (length,), (1,))
+        _bytes_at(memory, offset, length).copy_(source, non_blocking=non_blocking)

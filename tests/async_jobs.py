@@ -1,0 +1,244 @@
+"""What the ranks do in the tests of asynchronous saves; functions that workers can be given."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+import shardpoint.dcp as dcp
+from dcp_states import blank, build, differences
+from shardpoint.dcp import _async_process
+from shardpoint.dcp.staging import DefaultStager, StagingOptions
+from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from shardpoint.storage.local import LocalStorage
+
+THREAD, PROCESS = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
+
+
+class Trouble(Exception):
+    """What a failing rank raises."""
+
+
+def scramble(value: Any) -> None:
+    """Change every tensor and every object that can be changed, in place."""
+    if isinstance(value, dict):
+        for item in value.values():
+            scramble(item)
+        for key in list(value):
+            value[key] = "changed"
+    elif isinstance(value, list | tuple):
+        for item in value:
+            scramble(item)
+        if isinstance(value, list):
+            value.append("changed")
+    elif isinstance(value, set):
+        value.clear()
+    elif isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            scramble(shard.tensor)
+    elif isinstance(value, DTensor):
+        scramble(value._local_tensor)
+    elif isinstance(value, torch.Tensor) and value.numel():
+        with torch.no_grad():
+            storage = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+            storage.bitwise_not_()
+
+
+def save_scramble_load(folder: str, kind: str, form: str, stager: str) -> list[str]:
+    """Save a state, change it at once, load: what is not as it was when saved."""
+    state, started = build(kind), {}
+    if stager == "shared":
+        stages: Any = DefaultStager()
+        response = dcp.async_save(
+            state,
+            checkpoint_id=folder,
+            async_checkpointer_type=AsyncCheckpointerType(form),
+            async_stager=stages,
+        )
+        assert isinstance(response, AsyncSaveResponse)
+        response.staging_completion.result(60)
+        future: Future[Any] = response.upload_completion
+    else:
+        if stager == "writer":
+            started["storage_writer"] = dcp.FileSystemWriter(folder, cache_staged_state_dict=True)
+        future = dcp.async_save(
+            state,
+            checkpoint_id=folder,
+            async_checkpointer_type=AsyncCheckpointerType(form),
+            **started,
+        )
+    scramble(state)
+    loaded = blank(kind)
+    dcp.load(loaded, checkpoint_id=folder)  # waits for the save
+    assert future.done()
+    future.result()
+    if stager == "shared":
+        stages.close()
+    return differences(loaded, build(kind))
+
+
+def all_kinds(folder: str, cases: list[tuple[str, str, str]]) -> dict[str, list[str]]:
+    """Return the differences of each kind of state, form and stager."""
+    return {
+        f"{kind} {form} {stager}": save_scramble_load(f"{folder}/{number}", kind, form, stager)
+        for number, (kind, form, stager) in enumerate(cases)
+    }
+
+
+def caught(action: Callable[[], Any]) -> str:
+    """Return the message of the exception that the action raises, or nothing."""
+    try:
+        action()
+    except dcp.CheckpointException as error:
+        return str(error)
+    return ""
+
+
+def failing_write(folder: str, form: str, bad_rank: int, ask: bool) -> list[str]:
+    """One rank cannot write: return what the future, and the two saves after that, raise."""
+    kind = AsyncCheckpointerType(form)
+    place = Path(folder, "bad")
+    if dist.get_rank() == bad_rank:
+        planner: Any = FailingPlanner()
+    else:
+        planner = dcp.DefaultSavePlanner()
+    state = {"x": torch.ones(3) * dist.get_rank()}
+    future = dcp.async_save(
+        state, checkpoint_id=place, planner=planner, async_checkpointer_type=kind
+    )
+    first = caught(future.result) if ask else ""
+
+    def again() -> None:
+        dcp.async_save(state, checkpoint_id=f"{folder}/good").result()
+
+    found = [first, caught(again), caught(again)]
+    target = {"x": torch.zeros(3)}
+    dcp.load(target, checkpoint_id=f"{folder}/good")
+    assert not (place / ".metadata").exists()
+    return found
+
+
+class FailingPlanner(dcp.DefaultSavePlanner):
+    """Fails where data is asked for."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        raise Trouble("no data today")
+
+
+class DyingPlanner(dcp.DefaultSavePlanner):
+    """Ends its process where data is asked for, as the system does when memory is out."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_process(folder: str, bad_rank: int) -> list[str]:
+    """The saving process of one rank is killed: what the future raises; the next one works."""
+    planner = DyingPlanner() if dist.get_rank() == bad_rank else dcp.DefaultSavePlanner()
+    state = {"x": torch.ones(3) * dist.get_rank()}
+    future = dcp.async_save(
+        state, checkpoint_id=f"{folder}/bad", planner=planner, async_checkpointer_type=PROCESS
+    )
+    first = caught(future.result)
+    again = dcp.async_save(state, checkpoint_id=f"{folder}/good", async_checkpointer_type=PROCESS)
+    return [first, caught(again.result)]
+
+
+def failing_stage(folder: str, form: str, bad_rank: int) -> str:
+    """One rank cannot copy its state: that call raises, the others' futures name it."""
+
+    class Uncopyable:
+        def __deepcopy__(self, memo: object) -> Any:
+            raise Trouble("cannot be copied")
+
+        def __reduce__(self) -> Any:
+            raise Trouble("cannot be pickled")
+
+    state: dict[str, Any] = {"x": torch.ones(2)}
+    if dist.get_rank() == bad_rank:
+        state["object"] = Uncopyable()
+    try:
+        future = dcp.async_save(
+            state, checkpoint_id=folder, async_checkpointer_type=AsyncCheckpointerType(form)
+        )
+    except Exception as error:  # noqa: BLE001
+        assert dist.get_rank() == bad_rank
+        return f"call: {error}"
+    return f"future: {caught(future.result)}"
+
+
+def mixed_with_training(folder: str, count: int) -> float:
+    """Save over and over while the main thread uses the same group; return a sum of sums."""
+    total = torch.zeros(())
+    for number in range(count):
+        dcp.async_save({"x": torch.ones(100) * number}, checkpoint_id=f"{folder}/{number}")
+        for _ in range(20):
+            value = torch.ones(())
+            dist.all_reduce(value)
+            total += value
+    dist.barrier()
+    return float(total)
+
+
+def group_destroyed(folder: str) -> None:
+    """Leave without waiting: the save comes to its end when the group is gone already."""
+    hold = threading.Event()
+    create = LocalStorage.create
+
+    def late(*arguments: Any) -> Any:
+        hold.wait(60)
+        return create(*arguments)
+
+    with patch.object(LocalStorage, "create", late):
+        future = dcp.async_save({"x": torch.arange(4.0)}, checkpoint_id=folder)
+        dist.barrier()
+        dist.destroy_process_group()
+        hold.set()
+        future.result()
+
+
+def residue(folder: str, form: str, count: int) -> tuple[int, int, int]:
+    """Save many times; return how many descriptors, threads and kilobytes there are more."""
+    kind = AsyncCheckpointerType(form)
+
+    def once(number: int) -> None:
+        state = {f"t{i}": torch.full((1000,), float(i)) for i in range(20)}
+        state["number"] = number  # type: ignore[assignment]
+        dcp.async_save(
+            state, checkpoint_id=f"{folder}/{number % 3}", async_checkpointer_type=kind
+        ).result()
+
+    for number in range(8):
+        once(number)
+    before = _held()
+    for number in range(count):
+        once(number)
+    after = _held()
+    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+
+
+def _held() -> tuple[int, int, int]:
+    files = len(os.listdir("/proc/self/fd"))
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return files, threading.active_count(), pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def saver_process() -> int | None:
+    """Return the number of this process's saving process."""
+    process = _async_process._process
+    return None if process is None else process._process.pid
+
+
+def options() -> StagingOptions:
+    return StagingOptions(use_async_staging=False)
