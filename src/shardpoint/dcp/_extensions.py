@@ -30,7 +30,7 @@ __all__ = [
     "StreamExtension",
     "check_extensions",
     "descriptors_of",
-    "encoded",
+    "encode",
 ]
 
 Blocks: TypeAlias = Iterable["bytes | bytearray | memoryview"]
@@ -82,25 +82,24 @@ def descriptors_of(extensions: Sequence[StreamExtension]) -> tuple[str, ...]:
     return tuple(extension.get_descriptor() for extension in reversed(extensions))
 
 
-def encoded(
+def encode(
     extensions: Sequence[StreamExtension],
-    blocks: Blocks,
-    *,
-    element_size: int | None,
     frame_map: FrameMap,
-) -> Iterator[bytes | bytearray | memoryview]:
-    """Yield an entry's bytes as they go into the file.
+    blocks: Blocks,
+    element_size: int | None,
+) -> Blocks:
+    """Return an entry's bytes as they go into the file.
 
     Parameters
     ----------
     extensions
         Of which the last one is applied first.
+    frame_map
+        Encodes frames, perhaps several at once.
     blocks
         The entry; one block is used only until the next is taken.
     element_size
         Bytes of the elements that most of the entry consists of, or None.
-    frame_map
-        Encodes frames, perhaps several at once.
     """
     for extension in reversed(extensions):
         transform = getattr(extension, "transform", None)
@@ -109,7 +108,7 @@ def encoded(
         else:
             blocks = _through(extension, blocks)
         element_size = None  # what comes out of an extension has no elements
-    yield from blocks
+    return blocks
 
 
 def _through(extension: StreamExtension, blocks: Blocks) -> Iterator[bytes]:

@@ -61,6 +61,7 @@ def results_of(
     strides: Int64Array,
     files: Mapping[str, Int64Array],
     written: Mapping[str, WrittenRecords],
+    transforms: tuple[str, ...],
     storage_info: Any,
 ) -> ResultTable:
     """Return what was written, file by file.
@@ -74,7 +75,10 @@ def results_of(
     files
         The rows that each file holds, in its order.
     written
-        Where the records of each file are.
+        Where the records of each file are; payloads of transformed ones as in
+        `EncodedRecords.decoded`.
+    transforms
+        What all records went through.
     """
     rows = np.concatenate([np.zeros(0, np.int64), *files.values()])
     numbers = rows.tolist()
@@ -110,7 +114,7 @@ def results_of(
                 file=[name for name, part in files.items() for _ in range(len(part))],
                 offset=joined("offset"),
                 length=joined("length"),
-                transforms=[()] * len(rows),
+                transforms=[transforms] * len(rows),
                 payloads=payloads,
                 blocks=BlockChecksums(BLOCK_BYTES, _firsts(block_counts), blocks[of_tensor]),
                 record_checksum=joined("record_checksum"),

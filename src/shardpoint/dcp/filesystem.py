@@ -14,11 +14,17 @@ import numpy as np
 import numpy.typing as npt
 from torch.futures import Future
 
-from shardpoint.dcp._extensions import Registry, RegistryFinder
+from shardpoint.dcp._extensions import (
+    Registry,
+    RegistryFinder,
+    check_extensions,
+    descriptors_of,
+)
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import object_streams
 from shardpoint.dcp._reading import requests_for
+from shardpoint.dcp._write_files import write_rows
 from shardpoint.dcp._write_items import columns_of
 from shardpoint.dcp._write_records import prepare_records
 from shardpoint.dcp._write_results import results_of, written_by
@@ -37,7 +43,6 @@ from shardpoint.engine import committing
 from shardpoint.engine.executor import default_threads
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ReadStatistics, read_tensors
-from shardpoint.engine.writing import write_files
 from shardpoint.errors import (
     CheckpointExistsError,
     FormatError,
@@ -137,8 +142,11 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         Keep the copy's memory between asynchronous saves with this writer.
     overwrite
         Replace a checkpoint that is there already, instead of an error.
-    _extensions, serialization_format
-        Nothing but plain ``TORCH_SAVE`` can be written so far.
+    _extensions
+        Extensions, ours or torch's or a program's own, that every entry goes through; the one
+        named last is applied first.
+    serialization_format
+        Nothing but ``TORCH_SAVE`` can be written so far.
     """
 
     def __init__(
@@ -153,8 +161,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         _extensions: Sequence[Any] | None = None,
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
     ) -> None:
-        if _extensions:
-            raise NotSupportedError("writing through extensions is not supported")
+        self.extensions = check_extensions(_extensions or ())
         if serialization_format.value != SerializationFormat.TORCH_SAVE.value:
             raise NotSupportedError(f"writing {serialization_format} is not supported")
         if thread_count < 1:
@@ -236,14 +243,17 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
             for number, rows in enumerate(self._buckets(columns))
         }
         self._written = list(files)
-        records = prepared.records
-        written = write_files(
+        written = write_rows(
             self.storage,
-            {name: [records[row] for row in rows.tolist()] for name, rows in files.items()},
+            columns,
+            prepared.records,
+            files,
+            extensions=self.extensions,
             threads=max(self.thread_count, default_threads()),
             sync=self.sync_files,
         )
-        results = results_of(columns, prepared.strides, files, written, _StorageInfo)
+        transforms = descriptors_of(self.extensions)
+        results = results_of(columns, prepared.strides, files, written, transforms, _StorageInfo)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)  # type: ignore[arg-type]
         return future

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from shardpoint.engine.written import BlockSums, WrittenRecords
 from shardpoint.formats.checksum import crc32, crc32_combine
 from shardpoint.storage import WritableFile
 
-__all__ = ["write_streams"]
+__all__ = ["RecordParts", "parts_of", "write_streams"]
 
 _BLOCK = 1 << 20
 
@@ -39,21 +41,20 @@ def write_streams(file: WritableFile, name: str, records: Sequence[AnyRecord]) -
     offset = 0
     for record in records:
         sums = BlockSums()
-        head = record.form.head if isinstance(record, FormedRecord) else record.head
+        parts = parts_of(record)
         start = offset
-        offset = _write(file, offset, memoryview(head))
-        for block in _payload(record):
+        offset = _write(file, offset, memoryview(parts.head))
+        for block in parts.blocks(_BLOCK):
             sums.add(block)
             offset = _write(file, offset, block)
         checksum = sums.finish()
-        tail = (record.form if isinstance(record, FormedRecord) else record).tail(checksum)
+        tail = parts.tail(checksum)
         offset = _write(file, offset, memoryview(tail))
-        length = record.form.length if isinstance(record, FormedRecord) else record.length
-        if length is not None and length != offset - start:
-            raise wrong_length(name, length, offset - start)
-        before = crc32_combine(crc32(head), checksum, sums.nbytes)
+        if parts.length is not None and parts.length != offset - start:
+            raise wrong_length(name, parts.length, offset - start)
+        before = crc32_combine(crc32(parts.head), checksum, sums.nbytes)
         checksums.append((checksum, crc32_combine(before, crc32(tail), len(tail))))
-        places.append((len(head), sums.nbytes, offset - start))
+        places.append((len(parts.head), sums.nbytes, offset - start))
         blocks += sums.checksums
     table = np.array(places, np.int64).reshape(-1, 3).T.copy()
     written = WrittenRecords.planned(table[0], table[1], table[2])
@@ -63,14 +64,31 @@ def write_streams(file: WritableFile, name: str, records: Sequence[AnyRecord]) -
     return written
 
 
-def _payload(record: AnyRecord) -> Iterator[memoryview]:
-    if isinstance(record, RecordSource):
-        for part in record.payload:
-            yield from part.blocks(_BLOCK)
-        return
-    whole = memoryview(record.payload).cast("B")
-    for start in range(0, len(whole), _BLOCK):
-        yield whole[start : start + _BLOCK]
+class RecordParts(NamedTuple):
+    """A record of any kind, taken apart: `RecordSource` says what each is."""
+
+    length: int | None
+    head: bytes
+    blocks: Callable[[int], Iterator[memoryview]]
+    tail: Callable[[int], bytes]
+
+
+def parts_of(record: AnyRecord) -> RecordParts:
+    """Take a record apart; ``blocks(size)`` gives the payload, once."""
+    if isinstance(record, FormedRecord):
+        form, whole = record.form, memoryview(record.payload).cast("B")
+        return RecordParts(form.length, form.head, partial(_slices, whole), form.tail)
+    return RecordParts(record.length, record.head, partial(_blocks, record), record.tail)
+
+
+def _slices(whole: memoryview, size: int) -> Iterator[memoryview]:
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size]
+
+
+def _blocks(record: RecordSource, size: int) -> Iterator[memoryview]:
+    for part in record.payload:
+        yield from part.blocks(size)
 
 
 def _write(file: WritableFile, offset: int, data: memoryview) -> int:

@@ -10,7 +10,7 @@ those of shardpoint; encrypted checkpoints need their key::
 
 from __future__ import annotations
 
-from shardpoint.transforms._framed import FramedStream, FrameMap
+from shardpoint.transforms._framed import Encoded, FramedStream, FrameMap, NumberedFrame
 from shardpoint.transforms._records import (
     MemoryRecord,
     Origin,
@@ -28,10 +28,12 @@ from shardpoint.transforms.zstd import Zstd
 
 __all__ = [
     "AesGcm",
+    "Encoded",
     "FrameMap",
     "FramedStream",
     "KeyProvider",
     "MemoryRecord",
+    "NumberedFrame",
     "Origin",
     "RecordBytes",
     "RecordReader",

@@ -21,11 +21,13 @@ from shardpoint.transforms._records import Buffer, Origin, RecordBytes, Tally, r
 
 __all__ = [
     "DamagedFrameError",
+    "Encoded",
     "FrameDecoder",
     "FrameEncoder",
     "FrameMap",
     "FramedRecord",
     "FramedStream",
+    "NumberedFrame",
 ]
 
 _BATCH = 1 << 20  # encoded bytes read at once
@@ -34,9 +36,10 @@ _KEPT = 4  # decoded frames kept for the next read of a strided slice, however m
 Encoded: TypeAlias = tuple[TableRow, bytes]
 """A frame's row in the table, and its encoded bytes."""
 
+NumberedFrame: TypeAlias = tuple[int, bytearray]
+
 FrameMap: TypeAlias = Callable[
-    [Callable[[tuple[int, bytearray]], Encoded], Iterable[tuple[int, bytearray]]],
-    Iterator[Encoded],
+    [Callable[[NumberedFrame], Encoded], Iterable[NumberedFrame]], Iterator[Encoded]
 ]
 """As `map`: results in order. It may call the function for several items side by side."""
 
@@ -138,7 +141,7 @@ class FramedStream:
             self._rows.append(row)
             yield encoded
 
-    def _encode(self, frame: tuple[int, bytearray]) -> Encoded:
+    def _encode(self, frame: NumberedFrame) -> Encoded:
         number, data = frame
         encoded = self._encoder.encode(number, data)
         return (len(data), len(encoded), zlib_ng.crc32(encoded)), encoded

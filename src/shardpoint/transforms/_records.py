@@ -219,7 +219,8 @@ class StreamRecord:
         self._stream = stream
         self._lock = threading.Lock()
         self._start = stream.tell()
-        self.size = stream.seek(0, io.SEEK_END) - self._start
+        stream.seek(0, io.SEEK_END)
+        self.size = stream.tell() - self._start
 
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """See `RecordBytes`."""
