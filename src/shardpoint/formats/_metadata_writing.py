@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import FormatError, NotSupportedError
+from shardpoint.formats._pickle_columns import Part, assemble, integers, looked_up
 from shardpoint.formats._pickle_guards import describe
 from shardpoint.formats._pickle_writing import integer as _integer
 from shardpoint.formats._pickle_writing import text as _text
 from shardpoint.formats._planner_data import check_plain, planner_values
-from shardpoint.index import NO_FILE, CheckpointIndex, Container
+from shardpoint.index import NO_FILE, CheckpointIndex, Chunks, Container, Objects
 
 __all__ = ["write_metadata"]
+
+Int64s: TypeAlias = npt.NDArray[np.int64]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _NEW_WITH_FIELDS = b")\x81}("  # EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK ...
 _END_FIELDS = b"ub"  # ... SETITEMS BUILD
+_BLOCK = 1 << 15  # rows that are assembled at once
 _TRUE_FALSE = {True: b"\x88", False: b"\x89"}
 
 
@@ -61,22 +68,49 @@ class _Memo:
         return self.define(self.text(module) + self.text(name) + b"\x93")
 
 
-class _Sizes(dict[tuple[int, ...], bytes]):
-    """``torch.Size`` of some numbers, as bytes; grids repeat them a lot."""
+class _Sizes:
+    """``torch.Size`` of some numbers, as opcodes."""
 
     def __init__(self, size: bytes) -> None:
-        super().__init__()
         self._size = size
-        self._integers: dict[int, bytes] = {}
 
-    def __missing__(self, numbers: tuple[int, ...]) -> bytes:
-        integers = self._integers
-        for number in numbers:
-            if number not in integers:
-                integers[number] = _integer(number)
-        result = self._size + _tuple([integers[number] for number in numbers]) + b"\x85R"
-        self[numbers] = result
-        return result
+    def __getitem__(self, numbers: Sequence[int]) -> bytes:
+        return self._size + _tuple([_integer(number) for number in numbers]) + b"\x85R"
+
+    def parts(self, numbers: Int64s, axes: Int64s) -> list[Part | bytes]:
+        """Return the parts that are one in each row, of the first `axes` numbers there."""
+        most = int(axes.max(initial=0))
+        ends = [_tuple([b""] * count) for count in range(most + 1)]  # with MARK from four on
+        return [
+            self._size,
+            *([looked_up([b"", b"("], (axes > 3).astype(np.int64))] if most > 3 else []),
+            *(
+                integers(numbers[:, axis].copy(), None if (axes > axis).all() else axes > axis)
+                for axis in range(most)
+            ),
+            looked_up([end.removeprefix(b"(") + b"\x85R" for end in ends], axes),
+        ]
+
+
+class _Blocks:
+    """The bytes of many rows, in blocks of as many rows each."""
+
+    def __init__(self, blocks: Iterable[tuple[memoryview, Int64s]]) -> None:
+        self.data: list[memoryview] = []
+        ends: list[Int64s] = []
+        for data, block_ends in blocks:
+            self.data.append(data)
+            ends.append(block_ends)
+        self.ends = ends
+
+    def rows(self, first: int, last: int) -> Iterator[memoryview]:
+        """Yield the bytes of some rows, which follow one another."""
+        while first < last:
+            block, row = divmod(first, _BLOCK)
+            stop = min(last - block * _BLOCK, _BLOCK)
+            ends = self.ends[block]
+            yield self.data[block][int(ends[row - 1]) if row else 0 : int(ends[stop - 1])]
+            first = block * _BLOCK + stop
 
 
 class _Writer:
@@ -87,15 +121,16 @@ class _Writer:
         self.preamble: list[bytes] = []
         self.memo = _Memo(self.preamble)
         self.sizes = _Sizes(self.memo.name("torch", "Size"))
-        self.axes = index.tensors.ndim.tolist()
+        self.axes = index.tensors.ndim.astype(np.int64)
         self.first_chunk = index.tensors.first_chunk.tolist()
-        self.offsets = index.chunks.offsets.tolist()
+        self.chunk_blocks: _Blocks | None = None
+        self.known_properties: dict[tuple[int, int, bool, bool], bytes] = {}
 
     def keys(self) -> dict[str, bytes]:
         """Fetches for all keys."""
         return {key: self.memo.text(key) for key in self.index.key_order}
 
-    def entries(self, keys: Mapping[str, bytes]) -> Iterator[bytes]:
+    def entries(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
         """``state_dict_metadata``."""
         tensors = self.index.tensors
         shapes = tensors.shape.tolist()
@@ -110,7 +145,7 @@ class _Writer:
             if row is None:
                 yield keys[key] + bytes_object
                 continue
-            shape = sizes[tuple(shapes[row][: self.axes[row]])]
+            shape = sizes[shapes[row][: self.axes[row]]]
             yield keys[key] + tensor_class + _NEW_WITH_FIELDS
             yield fields[0] + self.properties(row)
             yield fields[1] + shape + fields[2]
@@ -119,39 +154,59 @@ class _Writer:
         yield b"u"
 
     def properties(self, row: int) -> bytes:
-        tensors, memo = self.index.tensors, self.memo
+        tensors = self.index.tensors
+        kind = (
+            int(tensors.dtype[row]),
+            int(tensors.memory_format[row]),
+            bool(tensors.requires_grad[row]),
+            bool(tensors.pin_memory[row]),
+        )
+        if kind not in self.known_properties:
+            self.known_properties[kind] = self._properties(*kind)
+        return self.known_properties[kind]
+
+    def _properties(
+        self, dtype: int, memory_format: int, requires_grad: bool, pin_memory: bool
+    ) -> bytes:
+        memo = self.memo
         layout = memo.define(
             memo.name("torch.serialization", "_get_layout") + memo.text("torch.strided") + b"\x85R"
         )
         encoding = memo.define(
-            memo.name(_METADATA, "_MEM_FORMAT_ENCODING")
-            + _integer(int(tensors.memory_format[row]))
-            + b"\x85R"
+            memo.name(_METADATA, "_MEM_FORMAT_ENCODING") + _integer(memory_format) + b"\x85R"
         )
         state = (
-            memo.name("torch", BY_CODE[int(tensors.dtype[row])].name),
+            memo.name("torch", BY_CODE[dtype].name),
             layout,
-            _TRUE_FALSE[bool(tensors.requires_grad[row])],
+            _TRUE_FALSE[requires_grad],
             encoding,
-            _TRUE_FALSE[bool(tensors.pin_memory[row])],
+            _TRUE_FALSE[pin_memory],
         )
         return memo.name(_METADATA, "TensorProperties") + b")\x81" + _tuple(state) + b"b"
 
-    def chunks(self, row: int) -> Iterator[bytes]:
-        memo, sizes, axes = self.memo, self.sizes, self.axes[row]
-        first, last = self.first_chunk[row], self.first_chunk[row + 1]
-        chunk_class = memo.name(_METADATA, "ChunkStorageMetadata")
-        start = chunk_class + _NEW_WITH_FIELDS + memo.text("offsets")
-        middle = memo.text("sizes")
-        extents = self.index.chunks.sizes[first:last].tolist()
+    def chunks(self, row: int) -> Iterator[bytes | memoryview]:
+        if self.chunk_blocks is None:
+            memo = self.memo
+            chunk_class = memo.name(_METADATA, "ChunkStorageMetadata")
+            start = chunk_class + _NEW_WITH_FIELDS + memo.text("offsets")
+            self.chunk_blocks = _Blocks(self.chunk_rows(start, memo.text("sizes")))
         yield b"]("
-        for offsets, extent in zip(self.offsets[first:last], extents, strict=True):
-            yield start
-            yield sizes[tuple(offsets[:axes])]
-            yield middle
-            yield sizes[tuple(extent[:axes])]
-            yield _END_FIELDS
+        yield from self.chunk_blocks.rows(self.first_chunk[row], self.first_chunk[row + 1])
         yield b"e"
+
+    def chunk_rows(self, start: bytes, middle: bytes) -> Iterator[tuple[memoryview, Int64s]]:
+        """Yield all ``ChunkStorageMetadata``, block by block."""
+        chunks = self.index.chunks
+        for first in range(0, len(chunks), _BLOCK):
+            rows = slice(first, first + _BLOCK)
+            axes = self.axes[chunks.tensor[rows]]
+            parts = [
+                *self.sizes.parts(chunks.offsets[rows], axes),
+                middle,
+                *self.sizes.parts(chunks.sizes[rows], axes),
+                _END_FIELDS,
+            ]
+            yield assemble(start, parts, len(axes))
 
     def planner_data(self) -> Iterator[bytes]:
         """``planner_data``: the planner's own values where it stored any, else the paths."""
@@ -169,7 +224,7 @@ class _Writer:
             yield text(key) + _tuple(parts)
         yield b"u"
 
-    def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes]:
+    def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
         """``storage_data``: objects first, as they stand first in the files."""
         index, memo = self.index, self.memo
         start = memo.name(_METADATA, "MetadataIndex") + _NEW_WITH_FIELDS + memo.text("fqn")
@@ -177,53 +232,51 @@ class _Writer:
         place = self.places()
         yield b"}("
         objects = index.objects
-        for key, info in zip(
-            objects.keys,
-            place(objects.file, objects.record_offset, objects.record_length, objects.transform),
-            strict=True,
-        ):
-            if info is not None:
-                yield b"".join([start, keys[key], hint, b"N", _END_FIELDS, info])
+        known = np.flatnonzero(objects.file != NO_FILE)
+        if len(known):
+            names = looked_up([keys[key] for key in objects.keys], known)
+            parts = [names, hint, b"N", _END_FIELDS, *place(objects, known)]
+            yield assemble(start, parts, len(known))[0]
         chunks = index.chunks
-        infos = place(chunks.file, chunks.record_offset, chunks.record_length, chunks.transform)
-        for row, key in enumerate(index.tensors.keys):
-            key_bytes, axes, first = keys[key], self.axes[row], self.first_chunk[row]
-            for number in range(first, self.first_chunk[row + 1]):
-                info = next(infos)
-                if info is not None:
-                    yield start
-                    yield key_bytes + hint + _integer(number - first) + offset
-                    yield self.sizes[tuple(self.offsets[number][:axes])]
-                    yield _END_FIELDS
-                    yield info
+        fetches = [keys[key] for key in index.tensors.keys]
+        for first in range(0, len(chunks), _BLOCK):
+            rows = first + np.flatnonzero(chunks.file[first : first + _BLOCK] != NO_FILE)
+            tensor = chunks.tensor[rows]
+            parts = [
+                looked_up(fetches, tensor),
+                hint,
+                integers(rows - index.tensors.first_chunk[tensor]),
+                offset,
+                *self.sizes.parts(chunks.offsets[rows], self.axes[tensor]),
+                _END_FIELDS,
+                *place(chunks, rows),
+            ]
+            yield assemble(start, parts, len(rows))[0]
         yield b"u"
 
-    def places(self) -> Any:
-        """Return a function from columns to the bytes of each row's ``_StorageInfo``."""
+    def places(self) -> Callable[[Chunks | Objects, Int64s], list[Part | bytes]]:
+        """Return a function from rows to the parts that are their ``_StorageInfo``."""
         memo, index = self.memo, self.index
         module = "torch.distributed.checkpoint.filesystem"
         start = memo.name(module, "_StorageInfo") + _NEW_WITH_FIELDS + memo.text("relative_path")
-        files = [start + memo.text(file) + memo.text("offset") for file in index.files]
+        offset_name = memo.text("offset")
+        files = [memo.text(file) for file in index.files]
         length_name = memo.text("length")
         ends = [_END_FIELDS]
         for descriptors in index.transforms[1:]:
             items = b"".join(memo.text(descriptor) for descriptor in descriptors)
             ends.append(memo.text("transform_descriptors") + b"](" + items + b"e" + _END_FIELDS)
 
-        def place(*columns: Any) -> Iterator[bytes | None]:
-            for file, offset, length, transform in zip(
-                *(column.tolist() for column in columns), strict=True
-            ):
-                if file == NO_FILE:
-                    yield None
-                else:
-                    yield (
-                        files[file]
-                        + _integer(offset)
-                        + length_name
-                        + _integer(length)
-                        + ends[transform]
-                    )
+        def place(columns: Chunks | Objects, rows: Int64s) -> list[Part | bytes]:
+            return [
+                start,
+                looked_up(files, columns.file[rows].astype(np.int64)),
+                offset_name,
+                integers(columns.record_offset[rows]),
+                length_name,
+                integers(columns.record_length[rows]),
+                looked_up(ends, columns.transform[rows].astype(np.int64)),
+            ]
 
         return place
 
@@ -250,8 +303,10 @@ class _Writer:
         raise FormatError(f"storage_meta field {name!r}: cannot write {describe(value)}")
 
 
-def _fields(pairs: Iterable[tuple[bytes, Iterable[bytes]]]) -> list[bytes]:
-    body: list[bytes] = []
+def _fields(
+    pairs: Iterable[tuple[bytes, Iterable[bytes | memoryview]]],
+) -> list[bytes | memoryview]:
+    body: list[bytes | memoryview] = []
     for name, value in pairs:
         body.append(name)
         body.extend(value)
@@ -281,7 +336,7 @@ def write_metadata(index: CheckpointIndex) -> bytes:
     memo = writer.memo
     keys = writer.keys()
     start = memo.name(_METADATA, "Metadata") + _NEW_WITH_FIELDS
-    fields: list[tuple[bytes, Iterable[bytes]]] = [
+    fields: list[tuple[bytes, Iterable[bytes | memoryview]]] = [
         (memo.text("state_dict_metadata"), writer.entries(keys)),
         (memo.text("planner_data"), writer.planner_data()),
         (memo.text("storage_data"), writer.storage(keys)),
@@ -291,5 +346,6 @@ def write_metadata(index: CheckpointIndex) -> bytes:
     if index.version is not None:
         fields.append((memo.text("version"), [memo.text(index.version)]))
     body = _fields(fields)  # also fills the preamble, which comes first
-    content = b"".join([*writer.preamble, start, *body, _END_FIELDS, b"."])
-    return b"\x80\x04\x95" + struct.pack("<Q", len(content)) + content
+    parts = [*writer.preamble, start, *body, _END_FIELDS, b"."]
+    size = sum(map(len, parts))
+    return b"".join([b"\x80\x04\x95", struct.pack("<Q", size), *parts])
