@@ -4,6 +4,7 @@
 #   make demo    trains, saves, kills, resumes: examples/demo/run.py
 #   make test    lint, all tests, and the tests of the core where torch is not installed
 #   make bench   measurements: benchmarks/run.py
+#   make fuzz    fuzzing guided by coverage, SECONDS=600: fuzz/run.py
 #   make lint    ruff, mypy (strict), import-linter
 #
 # PYTHON=... picks the interpreter that the environments are made with.
@@ -18,6 +19,7 @@ READY := $(VENV)/.ready
 CORE_READY := $(CORE)/.ready
 BIN := $(CURDIR)/$(VENV)/bin
 WORKERS ?= 2
+SECONDS ?= 600
 
 # Tests of the torch-free core; they run in both environments.
 CORE_TESTS := tests/test_cli.py tests/test_native_index.py tests/test_open.py tests/test_open_hostile.py tests/test_sharding.py \
@@ -36,7 +38,7 @@ fi
 endef
 INSTALL := -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-all test-core bench lint format clean
+.PHONY: help setup demo test test-all test-core bench fuzz lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -71,6 +73,10 @@ test-core: $(CORE_READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+fuzz: $(READY)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python $(INSTALL) -e '.[fuzz]'
+	$(BIN)/python fuzz/run.py --seconds $(SECONDS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
