@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from shardpoint.dcp._layouts import Box, local_boxes, overlaps_itself, shape_and_dtype
-from shardpoint.dcp._read_items import ReadColumns, ReadTable
+from shardpoint.dcp._read_items import LocalRegions, Reads, ReadTable
 from shardpoint.dcp._tensors import is_narrowing, torch_dtype
 from shardpoint.dcp.planner import LoadPlan
+from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import (
     NarrowingWarning,
     NotSupportedError,
@@ -21,11 +23,11 @@ from shardpoint.errors import (
     ShardpointError,
 )
 from shardpoint.index import CheckpointIndex
-from shardpoint.planning.intersect import intersect
 
 __all__ = ["plan_load"]
 
 _SHOWN = 5
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def plan_load(
@@ -48,32 +50,85 @@ def plan_load(
         Naming every key that is missing (with `strict`), of another kind or shape, or
         (where asked for) of a dtype that cannot hold the saved values.
     """
-    tensor_rows = {key: row for row, key in enumerate(index.tensors.keys)}
+    fit = _Fit(index)
     object_keys = set(index.objects.keys)
-    problems: list[Problem] = []
-    narrowed: list[str] = []
     missing: list[str] = []
-    tensors: list[tuple[str, int, Box, int]] = []
     objects: list[str] = []
     for key, value in state_dict.items():
-        if key in tensor_rows:
-            row = tensor_rows[key]
-            found = _check_tensor(key, value, index, row, narrowed)
-            if isinstance(found, Problem):
-                problems.append(found)
-            else:
-                tensors += [(key, row, box, hint) for hint, box in enumerate(found)]
-        elif key not in object_keys:
-            missing.append(key)
-        else:
+        if fit.add(key, value):
+            continue
+        if key in object_keys:
             objects.append(key)  # replaces whatever is there, a tensor too
+        else:
+            missing.append(key)
+    problems = fit.problems
     if strict:
         problems += [Problem("not in the checkpoint", key) for key in missing]
-    _report_narrowing(narrowed, on_narrowing, problems)
+    _report_narrowing(fit.narrowed, on_narrowing, problems)
     unexpected = tuple(key for key in index.key_order if key not in state_dict)
     if problems:
         raise PlanError("the checkpoint does not fit the state dict", problems)
-    return LoadPlan(_reads(index, tensors, objects)), tuple(missing), unexpected
+    plan = LoadPlan(ReadTable(Reads(index, fit.regions(), objects)))
+    return plan, tuple(missing), unexpected
+
+
+class _Fit:
+    """Collects the local tensors to fill, and what does not fit."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        tensors = index.tensors
+        self._index = index
+        self._rows = dict(zip(tensors.keys, range(len(tensors)), strict=True))
+        self._shapes = tensors.shape.tolist()
+        self._ranks = tensors.ndim.tolist()
+        self._codes = tensors.dtype.tolist()
+        self._dtypes: dict[int, torch.dtype] = {}
+        for code in set(self._codes):
+            with contextlib.suppress(NotSupportedError):  # said with the key where it is wanted
+                self._dtypes[code] = torch_dtype(BY_CODE[code])
+        self._keys: list[str] = []
+        self._wanted: list[int] = []
+        self._parts: list[tuple[int, int, Box]] = []
+        self.problems: list[Problem] = []
+        self.narrowed: list[str] = []
+
+    def add(self, key: str, value: Any) -> bool:
+        """Look at one value; return False if the checkpoint has no tensor of that key."""
+        row = self._rows.get(key)
+        if row is None:
+            return False
+        # Most are plain, whole, and as they were saved: no more is asked of those.
+        if (
+            type(value) in _PLAIN
+            and value.dtype is self._dtypes.get(self._codes[row])
+            and value.is_contiguous()
+            and list(value.shape) == self._shapes[row][: self._ranks[row]]
+        ):
+            self._keys.append(key)
+            self._wanted.append(row)
+            return True
+        found = _check_tensor(key, value, self._index, row, self.narrowed)
+        if isinstance(found, Problem):
+            self.problems.append(found)
+            return True
+        for hint, box in enumerate(found):
+            self._parts.append((len(self._keys), hint, box))
+            self._keys.append(key)
+            self._wanted.append(row)
+        return True
+
+    def regions(self) -> LocalRegions:
+        """Return what is to be filled."""
+        tensors = self._index.tensors
+        rows = np.array(self._wanted, np.int64)
+        sizes = tensors.shape[rows]
+        offsets = np.zeros_like(sizes)
+        hints = np.zeros(len(rows), np.int64)
+        for number, hint, (start, size) in self._parts:
+            hints[number] = hint
+            offsets[number, : len(start)] = start
+            sizes[number, : len(size)] = size
+        return LocalRegions(self._keys, rows, tensors.ndim[rows], offsets, sizes, hints)
 
 
 def _check_tensor(
@@ -113,51 +168,3 @@ def _report_narrowing(narrowed: Sequence[str], on_narrowing: str, problems: list
             NarrowingWarning,
             stacklevel=2,
         )
-
-
-def _reads(
-    index: CheckpointIndex, tensors: Sequence[tuple[str, int, Box, int]], objects: Sequence[str]
-) -> ReadTable:
-    chunks = index.chunks
-    axes = chunks.offsets.shape[1]
-    count = len(tensors)
-    local_offsets = np.zeros((count, axes), np.int64)
-    local_sizes = np.ones((count, axes), np.int64)
-    for position, (_, _, (offsets, sizes), _) in enumerate(tensors):
-        local_offsets[position, : len(offsets)] = offsets
-        local_sizes[position, : len(sizes)] = sizes
-    rows = np.array([row for _, row, _, _ in tensors], np.int64)
-    hints = np.array([hint for _, _, _, hint in tensors], np.int64)
-    wanted = np.zeros(len(index.tensors), np.bool_)
-    wanted[rows] = True
-    candidates = np.flatnonzero(wanted[chunks.tensor])
-    found = intersect(
-        rows,
-        local_offsets,
-        local_sizes,
-        chunks.tensor[candidates],
-        chunks.offsets[candidates],
-        chunks.sizes[candidates],
-    )
-    stored = candidates[found.b]
-    no_box = np.zeros((len(objects), axes), np.int64)
-    no_hint = np.zeros(len(objects), np.int64)
-
-    def with_objects(column: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.concatenate([column, no_box if column.ndim == 2 else no_hint])
-
-    return ReadTable(
-        ReadColumns(
-            keys=[tensors[position][0] for position in found.a.tolist()] + list(objects),
-            ndim=np.concatenate(
-                [index.tensors.ndim[rows[found.a]], np.full(len(objects), -1)]
-            ).astype(np.int16),
-            local_offsets=with_objects(local_offsets[found.a]),
-            local_hint=with_objects(hints[found.a]),
-            stored_offsets=with_objects(chunks.offsets[stored]),
-            stored_hint=with_objects(stored - index.tensors.first_chunk[chunks.tensor[stored]]),
-            dest_offsets=with_objects(found.offsets - local_offsets[found.a]),
-            storage_offsets=with_objects(found.offsets - chunks.offsets[stored]),
-            lengths=with_objects(found.sizes),
-        )
-    )

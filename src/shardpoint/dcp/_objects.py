@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,12 +14,14 @@ import torch
 
 from shardpoint.dcp._tensors import dtype_of_array, wrap
 from shardpoint.dtypes import DType
-from shardpoint.engine.objects import read_object_records
+from shardpoint.engine.objects import read_object_records, read_objects
+from shardpoint.formats.number_pickles import UNKNOWN_PICKLE, number_of
 from shardpoint.formats.object_decoder import (
     DeviceValue,
     DTypeValue,
     LayoutValue,
     MemoryFormatValue,
+    ObjectFactory,
     TensorSize,
     decode_object,
 )
@@ -29,14 +30,17 @@ from shardpoint.index import CheckpointIndex
 from shardpoint.storage.base import Storage
 from shardpoint.transforms import TransformFinder
 
-__all__ = ["TorchFactory", "object_pickle", "object_streams", "read_object", "write_object"]
+__all__ = [
+    "TorchFactory",
+    "object_pickle",
+    "object_streams",
+    "read_object",
+    "stored_objects",
+    "write_object",
+]
 
 _PLAIN = (type(None), bool, int, float, str)
 _MOST_PLAIN_DEPTH = 8
-
-# The protocol-2 pickles of a float, and of an int from 0 to 255.
-_FLOAT, _FLOAT_BEGIN = struct.Struct(">3sds"), b"\x80\x02G"
-_BYTE, _BYTE_BEGIN = struct.Struct(">3sBs"), b"\x80\x02K"
 
 
 def write_object(value: Any) -> io.BytesIO:
@@ -80,11 +84,9 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
         If it is damaged.
     """
     data, load_storage = read_object_pickle(stream.getbuffer(), file="(object)", key=key)
-    # Most objects are the numbers of an optimizer; those need no machine.
-    if len(data) == _FLOAT.size and data[:3] == _FLOAT_BEGIN and data[-1:] == b".":
-        return _FLOAT.unpack(data)[1]
-    if len(data) == _BYTE.size and data[:3] == _BYTE_BEGIN and data[-1:] == b".":
-        return data[3]
+    number = number_of(data)
+    if number is not UNKNOWN_PICKLE:
+        return number
     return decode_object(
         data,
         load_storage=load_storage,
@@ -94,8 +96,39 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
     )
 
 
+def stored_objects(
+    index: CheckpointIndex,
+    storage: Storage,
+    rows: Sequence[int],
+    *,
+    factory: ObjectFactory,
+    allowed: Mapping[str, Callable[..., Any]],
+    verify: bool,
+    finder: TransformFinder,
+) -> Iterator[tuple[int, Any]]:
+    """Yield rows of objects with their values.
+
+    Raises
+    ------
+    ForbiddenContentError
+        If one holds a class that is neither on the closed list nor `allowed`.
+    CorruptionError, FormatError
+        If one is damaged.
+    """
+    given = index.objects.values
+    for row, value in read_objects(
+        index, storage, rows, factory=factory, allowed=allowed, verify=verify, finder=finder
+    ):
+        yield row, _to_torch(value) if index.objects.keys[row] in given else value
+
+
 def object_streams(
-    index: CheckpointIndex, storage: Storage, rows: Sequence[int], *, finder: TransformFinder
+    index: CheckpointIndex,
+    storage: Storage,
+    rows: Sequence[int],
+    *,
+    verify: bool,
+    finder: TransformFinder,
 ) -> Iterator[tuple[int, io.BytesIO]]:
     """Yield rows of objects with their records, as planners expect them.
 
@@ -106,7 +139,7 @@ def object_streams(
     for row in given:
         yield row, write_object(_to_torch(values[keys[row]]))
     stored = [row for row in rows if keys[row] not in values]
-    for row, record in read_object_records(index, storage, stored, finder=finder):
+    for row, record in read_object_records(index, storage, stored, verify=verify, finder=finder):
         yield row, io.BytesIO(record)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,38 @@ import torch
 from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp.metadata import MetadataIndex
 from shardpoint.dcp.planner import LoadItemType, ReadItem
+from shardpoint.index import CheckpointIndex
+from shardpoint.planning.intersect import intersect
 
-__all__ = ["ReadColumns", "ReadTable"]
+__all__ = ["LocalRegions", "ReadColumns", "ReadTable", "Reads"]
 
 Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalRegions:
+    """One row a local tensor that is to be filled.
+
+    Attributes
+    ----------
+    keys
+        Flat keys.
+    tensor
+        ``int64[n]``: rows in the index's `Tensors`.
+    ndim
+        ``int16[n]``.
+    offsets, sizes
+        ``int64[n, D]``: the box, padded with 0 and 1.
+    hint
+        ``int64[n]``: the place among the local chunks of the key.
+    """
+
+    keys: Sequence[str]
+    tensor: Int64Array
+    ndim: npt.NDArray[np.int16]
+    offsets: Int64Array
+    sizes: Int64Array
+    hint: Int64Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +77,68 @@ class ReadColumns:
     lengths: Int64Array
 
 
-class ReadTable(LazyList[ReadItem, ReadColumns]):
+class Reads:
+    """What is read: local tensors from an index, and objects.
+
+    Which stored chunks they come from is found when somebody asks.
+    """
+
+    def __init__(
+        self, index: CheckpointIndex, regions: LocalRegions, objects: Sequence[str]
+    ) -> None:
+        self.index = index
+        self.regions = regions
+        self.objects = objects
+
+    @cached_property
+    def columns(self) -> ReadColumns:
+        """One row a box to read, then one row an object."""
+        regions, chunks = self.regions, self.index.chunks
+        wanted = np.zeros(len(self.index.tensors), np.bool_)
+        wanted[regions.tensor] = True
+        candidates = np.flatnonzero(wanted[chunks.tensor])
+        found = intersect(
+            regions.tensor,
+            regions.offsets,
+            regions.sizes,
+            chunks.tensor[candidates],
+            chunks.offsets[candidates],
+            chunks.sizes[candidates],
+        )
+        stored = candidates[found.b]
+        count = len(self.objects)
+
+        def with_objects(column: np.ndarray[Any, Any], fill: int = 0) -> np.ndarray[Any, Any]:
+            rest = np.full((count, *column.shape[1:]), fill, column.dtype)
+            return np.concatenate([column, rest])
+
+        return ReadColumns(
+            keys=[*map(regions.keys.__getitem__, found.a.tolist()), *self.objects],
+            ndim=with_objects(regions.ndim[found.a], -1),
+            local_offsets=with_objects(regions.offsets[found.a]),
+            local_hint=with_objects(regions.hint[found.a]),
+            stored_offsets=with_objects(chunks.offsets[stored]),
+            stored_hint=with_objects(
+                stored - self.index.tensors.first_chunk[chunks.tensor[stored]]
+            ),
+            dest_offsets=with_objects(found.offsets - regions.offsets[found.a]),
+            storage_offsets=with_objects(found.offsets - chunks.offsets[stored]),
+            lengths=with_objects(found.sizes),
+        )
+
+
+class ReadTable(LazyList[ReadItem, Reads]):
     """Columns that look like a list of read items."""
 
-    def _count(self) -> int:
-        return len(self._columns.keys)
+    @property
+    def untouched(self) -> Reads | None:
+        """What the list is made from, if nobody has looked at (and so perhaps changed) it."""
+        return self._columns if self._items is None and not self._kept else None
 
-    def _columns_from(self, items: Iterable[ReadItem]) -> ReadColumns:
+    def _count(self) -> int:
+        return len(self._columns.columns.keys)
+
+    def _columns_from(self, items: Iterable[ReadItem]) -> Reads:
         raise TypeError("read items are never turned back into columns")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,7 +146,7 @@ class ReadTable(LazyList[ReadItem, ReadColumns]):
         return list, (list(self),)
 
     def _make(self, row: int) -> ReadItem:
-        columns = self._columns
+        columns = self._columns.columns
         key, rank = columns.keys[row], int(columns.ndim[row])
         if rank < 0:
             nowhere = torch.Size((0,))

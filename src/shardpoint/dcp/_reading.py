@@ -1,25 +1,152 @@
-"""Read items to the requests that the engine carries out."""
+"""Load plans carried out: by the columns they were made from, or item by item."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
-from shardpoint.dcp._tensors import dtype_of, host_memory, wrap
-from shardpoint.dcp.planner import LoadPlanner, ReadItem
+from shardpoint.dcp._objects import TorchFactory, object_streams, stored_objects
+from shardpoint.dcp._read_items import Reads, ReadTable
+from shardpoint.dcp._state_targets import StateTargets
+from shardpoint.dcp._tensors import dtype_of, host_memory, put_values
+from shardpoint.dcp.default_planner import DefaultLoadPlanner
+from shardpoint.dcp.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from shardpoint.dtypes import DType
-from shardpoint.engine.reading import ReadRequest
+from shardpoint.engine.reading import (
+    ReadRequest,
+    ReadStatistics,
+    Wanted,
+    read_regions,
+    read_tensors,
+)
 from shardpoint.errors import CheckpointKeyError, PlanError
 from shardpoint.index import CheckpointIndex
+from shardpoint.storage import Storage
+from shardpoint.transforms import TransformFinder
 
-__all__ = ["requests_for"]
+__all__ = ["carry_out"]
+
+_HOOKS = ("load_bytes", "resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
 
 
-def requests_for(
+def carry_out(
+    plan: LoadPlan,
+    planner: LoadPlanner,
+    index: CheckpointIndex,
+    storage: Storage,
+    *,
+    threads: int,
+    verify: bool,
+    finder: TransformFinder,
+) -> ReadStatistics:
+    """Read all that a plan says, objects first: one that may not be decoded is found before
+    any tensor is changed.
+
+    Where nobody has changed the plan that a default planner made, and its hooks are its own,
+    no item is ever made.
+    """
+    items = plan.items
+    reads = items.untouched if isinstance(items, ReadTable) else None
+    if (
+        reads is not None
+        and reads.index.tensors is index.tensors
+        and isinstance(planner, DefaultLoadPlanner)
+        and all(
+            getattr(type(planner), hook) is getattr(DefaultLoadPlanner, hook) for hook in _HOOKS
+        )
+    ):
+        return _by_columns(
+            reads, planner, index, storage, threads=threads, verify=verify, finder=finder
+        )
+    return _by_items(items, planner, index, storage, threads=threads, verify=verify, finder=finder)
+
+
+def _by_columns(
+    reads: Reads,
+    planner: DefaultLoadPlanner,
+    index: CheckpointIndex,
+    storage: Storage,
+    *,
+    threads: int,
+    verify: bool,
+    finder: TransformFinder,
+) -> ReadStatistics:
+    regions = reads.regions
+    targets = StateTargets(planner.state_dict, regions, index.tensors)
+    rows = _object_rows(index, reads.objects)
+    keys = index.objects.keys
+    found = stored_objects(
+        index,
+        storage,
+        rows,
+        factory=TorchFactory(),
+        allowed=planner.allowed,
+        verify=verify,
+        finder=finder,
+    )
+    for row, value in found:
+        planner.put_object(keys[row], value)
+    statistics = read_regions(
+        index,
+        storage,
+        Wanted(regions.tensor, regions.offsets, regions.sizes),
+        targets,
+        threads=threads,
+        verify=verify,
+        gap_ratio=0.05,
+        finder=finder,
+        tally=None,
+    )
+    return _with_objects(statistics, index, rows)
+
+
+def _by_items(
+    items: Sequence[ReadItem],
+    planner: LoadPlanner,
+    index: CheckpointIndex,
+    storage: Storage,
+    *,
+    threads: int,
+    verify: bool,
+    finder: TransformFinder,
+) -> ReadStatistics:
+    tensors: list[ReadItem] = []
+    objects: list[ReadItem] = []
+    for item in items:
+        is_object = item.type.name == LoadItemType.BYTE_IO.name
+        (objects if is_object else tensors).append(item)
+    rows = _object_rows(index, [item.storage_index.fqn for item in objects])
+    of_row = dict(zip(rows, objects, strict=True))
+    for row, stream in object_streams(index, storage, rows, verify=verify, finder=finder):
+        planner.load_bytes(of_row[row], stream)
+    statistics = read_tensors(
+        index,
+        storage,
+        _requests_for(index, tensors, planner),
+        threads=threads,
+        verify=verify,
+        finder=finder,
+    )
+    return _with_objects(statistics, index, rows)
+
+
+def _object_rows(index: CheckpointIndex, keys: Sequence[str]) -> list[int]:
+    rows = dict(zip(index.objects.keys, range(len(index.objects)), strict=True))
+    return [rows[key] for key in keys]
+
+
+def _with_objects(
+    statistics: ReadStatistics, index: CheckpointIndex, rows: Sequence[int]
+) -> ReadStatistics:
+    nbytes = int(index.objects.record_length[list(rows)].sum())
+    return replace(statistics, bytes_read=statistics.bytes_read + nbytes)
+
+
+def _requests_for(
     index: CheckpointIndex, items: Sequence[ReadItem], planner: LoadPlanner
 ) -> list[ReadRequest]:
     """Return one request for each tensor item.
@@ -52,7 +179,7 @@ class _PlannerTarget:
     """The tensor that a planner gives for one item.
 
     Where its own memory cannot take the stored elements (another dtype, another device,
-    lazily conjugated), they go through a buffer that lives until the item is complete.
+    lazily conjugated), it gets them piece by piece.
     """
 
     def __init__(self, planner: LoadPlanner, item: ReadItem, dtype: DType) -> None:
@@ -60,9 +187,8 @@ class _PlannerTarget:
         self._item = item
         self._dtype = dtype
         self._tensor: torch.Tensor | None = None
-        self._buffer: npt.NDArray[np.generic] | None = None
 
-    def memory(self) -> npt.NDArray[Any]:
+    def memory(self) -> npt.NDArray[Any] | None:
         item = self._item
         tensor = self._planner.resolve_tensor(item).detach()
         if tuple(tensor.shape) != tuple(item.lengths):
@@ -71,21 +197,16 @@ class _PlannerTarget:
                 f"{tuple(item.lengths)}, it gave {tuple(tensor.shape)}"
             )
         self._tensor = tensor
-        memory = host_memory(tensor) if self._fits(tensor) else None
-        if memory is None:
-            memory = self._buffer = np.empty(tuple(item.lengths), self._dtype.raw)
-        return memory
+        return host_memory(tensor) if dtype_of(tensor.dtype) == self._dtype else None
 
-    def _fits(self, tensor: torch.Tensor) -> bool:
-        return dtype_of(tensor.dtype) == self._dtype
+    def put(self, start: tuple[int, ...], values: npt.NDArray[Any]) -> None:
+        assert self._tensor is not None  # memory comes first
+        put_values(self._tensor, start, values, self._dtype)
 
     def commit(self) -> None:
         tensor = self._tensor
         assert tensor is not None
-        if self._buffer is not None:
-            tensor.copy_(wrap(self._buffer, self._dtype))
-        else:
-            # autograd has to know that a tensor it may have saved has changed
-            torch.autograd.graph.increment_version(tensor)
+        # autograd has to know that a tensor it may have saved has changed
+        torch.autograd.graph.increment_version(tensor)
         self._planner.commit_tensor(self._item, tensor)
-        self._tensor = self._buffer = None
+        self._tensor = None

@@ -15,6 +15,7 @@ __all__ = [
     "dtype_of_array",
     "host_memory",
     "is_narrowing",
+    "put_values",
     "torch_dtype",
     "wrap",
 ]
@@ -89,6 +90,14 @@ def wrap(array: npt.NDArray[np.generic], dtype: DType) -> torch.Tensor:
     carrier = {1: "u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}[dtype.itemsize]
     tensor: torch.Tensor = torch.from_numpy(array.view(carrier))
     return tensor.view(torch_dtype(dtype))
+
+
+def put_values(
+    tensor: torch.Tensor, start: tuple[int, ...], values: npt.NDArray[np.generic], dtype: DType
+) -> None:
+    """Copy elements into the box of a tensor that begins at `start`, whatever dtype it has."""
+    box = tuple(slice(a, a + n) for a, n in zip(start, values.shape, strict=True))
+    tensor.detach()[box].copy_(wrap(values, dtype))
 
 
 def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -232,10 +232,13 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn
-        loaded = read_object(value, key=key, allowed=self.allowed)
-        self.state_dict[key] = loaded
+        self.put_object(key, read_object(value, key=key, allowed=self.allowed))
+
+    def put_object(self, key: str, value: Any) -> None:
+        """Put a loaded object into the state dict."""
+        self.state_dict[key] = value
         path = self.mappings[key] if self.flatten_state_dict else (key,)
-        set_at(self.original_state_dict, path, loaded)
+        set_at(self.original_state_dict, path, value)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         tensor = self.lookup_tensor(read_item.dest_index)

@@ -22,18 +22,15 @@ from shardpoint.dcp._extensions import (
 )
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
 from shardpoint.dcp._metadata_view import index_of, metadata_of
-from shardpoint.dcp._objects import object_streams
-from shardpoint.dcp._reading import requests_for
+from shardpoint.dcp._reading import carry_out
 from shardpoint.dcp._write_files import write_rows
 from shardpoint.dcp._write_items import columns_of
 from shardpoint.dcp._write_records import prepare_records
 from shardpoint.dcp._write_results import results_of, written_by
 from shardpoint.dcp.metadata import Metadata, StorageMeta
 from shardpoint.dcp.planner import (
-    LoadItemType,
     LoadPlan,
     LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
 )
@@ -42,7 +39,7 @@ from shardpoint.dcp.storage import StorageReader, StorageWriter, WriteResult
 from shardpoint.engine import committing
 from shardpoint.engine.executor import default_threads
 from shardpoint.engine.opening import open_index
-from shardpoint.engine.reading import ReadStatistics, read_tensors
+from shardpoint.engine.reading import ReadStatistics
 from shardpoint.errors import (
     CheckpointExistsError,
     FormatError,
@@ -410,26 +407,15 @@ class FileSystemReader(StoragePlace, StorageReader):
         index = self._index
         if index is None:
             raise PlanError("set_up_storage_reader was not called")
-        tensors: list[ReadItem] = []
-        objects: list[ReadItem] = []
-        for item in plan.items:
-            is_object = item.type.name == LoadItemType.BYTE_IO.name
-            (objects if is_object else tensors).append(item)
-        # objects first: one that may not be decoded is found before any tensor is changed
-        rows = {key: row for row, key in enumerate(index.objects.keys)}
-        items = {rows[item.storage_index.fqn]: item for item in objects}
-        for row, stream in object_streams(index, self.storage, list(items), finder=self.finder):
-            planner.load_bytes(items[row], stream)
-        statistics = read_tensors(
+        self.statistics = carry_out(
+            plan,
+            planner,
             index,
             self.storage,
-            requests_for(index, tensors, planner),
             threads=self.thread_count,
             verify=self.verify,
             finder=self.finder,
         )
-        object_bytes = int(index.objects.record_length[list(items)].sum())
-        self.statistics = replace(statistics, bytes_read=statistics.bytes_read + object_bytes)
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,12 +76,16 @@ class Part:
         """Return where the box begins in the chunk."""
         return tuple(a - b for a, b in zip(self.offsets, place.offsets, strict=True))
 
-    def box(self) -> tuple[slice, ...]:
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Where the box begins in the region."""
+        return tuple(a - b for a, b in zip(self.offsets, self.origin, strict=True))
+
+    def of(self, memory: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the part of the region's memory that it fills."""
-        return tuple(
-            slice(offset - origin, offset - origin + size)
-            for offset, origin, size in zip(self.offsets, self.origin, self.sizes, strict=True)
-        )
+        box: list[Any] = [slice(a, a + n) for a, n in zip(self.start, self.sizes, strict=True)]
+        part: npt.NDArray[Any] = memory[(*box, ...)]
+        return part
 
 
 @dataclass(slots=True, eq=False)

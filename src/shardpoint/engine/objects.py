@@ -15,9 +15,11 @@ from shardpoint.errors import (
     ShardpointError,
     StorageError,
 )
+from shardpoint.formats.checksum import crc32
+from shardpoint.formats.number_pickles import UNKNOWN_PICKLE, number_of
 from shardpoint.formats.object_decoder import ObjectFactory, decode_object
 from shardpoint.formats.torch_record import read_object_pickle
-from shardpoint.index import NO_FILE, CheckpointIndex
+from shardpoint.index import NO_FILE, UNKNOWN, CheckpointIndex
 from shardpoint.storage import Storage
 from shardpoint.transforms import TransformFinder, Transforms, decode
 
@@ -35,6 +37,7 @@ def read_object_records(
     storage: Storage,
     rows: Sequence[int],
     *,
+    verify: bool = True,
     failures: Failures | None = None,
     finder: TransformFinder | None = None,
 ) -> Iterator[tuple[int, bytes]]:
@@ -44,6 +47,8 @@ def read_object_records(
     ----------
     rows
         In `Objects`.
+    verify
+        Whether to compare the checksums that the index has of whole records.
     failures
         Gets the error of each object that cannot be read, and the others are read. Without
         it the first such error is raised.
@@ -78,6 +83,8 @@ def read_object_records(
         for group in _groups(index, placed):
             for row, record in _stored_records(index, files, group, failures):
                 try:
+                    if verify:
+                        _compare(index, row, record)
                     decoded = _decoded(index, row, record, finder)
                 except ShardpointError as error:
                     _keep(failures, row, error)
@@ -183,6 +190,23 @@ def _with_key(error: _Named, key: str) -> _Named:
     return named
 
 
+def _compare(index: CheckpointIndex, row: int, record: bytes) -> None:
+    """Compare a record with its checksum, where the index has one."""
+    objects = index.objects
+    if objects.record_checksum is None:
+        return
+    wanted = int(objects.record_checksum[row])
+    found = crc32(record)
+    if wanted not in (found, UNKNOWN):
+        start = int(objects.record_offset[row])
+        message = (
+            f"bytes {start} to {start + len(record)} are damaged: "
+            f"wanted CRC-32 {wanted:#010x}, found {found:#010x}"
+        )
+        name = index.files[int(objects.file[row])]
+        raise CorruptionError(str(Problem(message, objects.keys[row], name, start)))
+
+
 def _decoded(index: CheckpointIndex, row: int, record: bytes, finder: TransformFinder) -> bytes:
     objects = index.objects
     transforms = index.transforms[int(objects.transform[row])]
@@ -233,7 +257,7 @@ def read_objects(
         else:
             stored.append(row)
     for row, record in read_object_records(
-        index, storage, stored, failures=failures, finder=finder
+        index, storage, stored, verify=verify, failures=failures, finder=finder
     ):
         try:
             value = _value(index, row, record, factory=factory, allowed=allowed, verify=verify)
@@ -290,6 +314,9 @@ def _value(
     key = index.objects.keys[row]
     name = index.files[int(index.objects.file[row])]
     data, load_storage = read_object_pickle(record, file=name, key=key, verify=verify)
+    number = number_of(data)
+    if number is not UNKNOWN_PICKLE:
+        return number
     return decode_object(
         data,
         load_storage=load_storage,

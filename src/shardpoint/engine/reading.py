@@ -322,15 +322,12 @@ class _Operation:
             start = payload.offset - base
             payload.compare(place, crc32(record[start : start + payload.length]))
         for part in work.parts:
-            into = self.memory(part)
+            memory = self.targets.memory(part.number)
+            into = np.empty(part.sizes, place.dtype.raw) if memory is None else part.of(memory)
             copy_from_memory(record, base, place, payload, part.start_in(place), into)
+            if memory is None:
+                self.targets.put(part.number, part.start, into)
         self.progress.finish([part.number for part in work.parts])
-
-    def memory(self, part: Part) -> npt.NDArray[Any]:
-        """Return the memory that a part fills."""
-        box: tuple[Any, ...] = (*part.box(), ...)
-        memory: npt.NDArray[Any] = self.targets.memory(part.number)[box]
-        return memory
 
 
 def _reader(data: memoryview, base: int) -> Callable[[int, int], bytes]:
@@ -401,7 +398,9 @@ class _PartRead:
         sizes = pick(part.sizes, self._order)
         itemsize = place.dtype.itemsize
         if self._is_ordered:
-            pieces = split_box(sizes, _PIECE // itemsize)
+            # Pieces of regions that have no memory are all there is of a buffer.
+            has_memory = operation.targets.memory(part.number) is not None
+            pieces = split_box(sizes, (_PIECE if has_memory else BUFFER) // itemsize)
         else:
             pieces = split_extent(sizes, self._payload.strides, BUFFER // itemsize)
         self._pieces = list(pieces)
@@ -431,9 +430,13 @@ class _PartRead:
 
     def _read_piece(self, number: int) -> None:
         offsets, sizes = self._pieces[number]
-        region = self._operation.memory(self._part)
-        box: tuple[Any, ...] = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
-        into = region.transpose(self._order)[(*box, ...)]
+        part, targets = self._part, self._operation.targets
+        memory = targets.memory(part.number)
+        if memory is None:
+            into: npt.NDArray[Any] = np.empty(sizes, self._place.dtype.raw)
+        else:
+            box: list[Any] = [slice(o, o + n) for o, n in zip(offsets, sizes, strict=True)]
+            into = part.of(memory).transpose(self._order)[(*box, ...)]
         start = tuple(map(add, self._start, offsets))
         found = 0
         with self._open() as file:
@@ -451,6 +454,10 @@ class _PartRead:
             else:
                 read_extent(file, self._payload, start, into, self._blocks)
         apply_flags(into, self._place, self._payload.flags)
+        if memory is None:
+            back = np.argsort(self._order).tolist()
+            at = tuple(map(add, part.start, pick(offsets, back)))
+            targets.put(part.number, at, into.transpose(back))
         if self._checksum.put(number, found):
             if self._is_checked:
                 self._payload.compare(self._place, self._checksum.combined())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,15 @@ from shardpoint.errors import PlanError
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Buffer
 
-__all__ = ["ArraySink", "Progress", "ReadRequest", "RequestTargets", "Targets", "TensorSink"]
+__all__ = [
+    "ArraySink",
+    "PieceSink",
+    "Progress",
+    "ReadRequest",
+    "RequestTargets",
+    "Targets",
+    "TensorSink",
+]
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -27,16 +35,33 @@ class TensorSink(Protocol):
     large regions are read into it in pieces side by side and small ones with their neighbours.
     """
 
-    def memory(self) -> AnyArray:
+    def memory(self) -> AnyArray | None:
         """Return writable memory of the region's sizes, in the stored dtype's `DType.raw`.
 
         Any strides will do; row-major is fastest. Called at most once, when the first bytes
-        are about to be put in, and never for an empty region.
+        are about to be put in, and never for an empty region. A `PieceSink` may return None.
         """
         ...
 
     def commit(self) -> None:
         """Called once, when all elements are in the memory and have been checked."""
+        ...
+
+
+@runtime_checkable
+class PieceSink(TensorSink, Protocol):
+    """A sink whose memory cannot take the stored elements as they are."""
+
+    def put(self, start: tuple[int, ...], values: AnyArray) -> None:
+        """Take some of the region's elements, if `memory` gave None.
+
+        Parameters
+        ----------
+        start
+            Where in the region they begin.
+        values
+            In the stored dtype's `DType.raw`, with any strides; not to be kept.
+        """
         ...
 
 
@@ -102,8 +127,15 @@ class Targets(Protocol):
         """
         ...
 
-    def memory(self, number: int) -> AnyArray:
-        """Return the memory of any region as `TensorSink` does; each time the same memory."""
+    def memory(self, number: int) -> AnyArray | None:
+        """Return the memory of any region as `TensorSink` does; each time the same memory.
+
+        None where its elements are to be given to `put`.
+        """
+        ...
+
+    def put(self, number: int, start: tuple[int, ...], values: AnyArray) -> None:
+        """Take some elements of a region that has no memory for them; as `PieceSink` does."""
         ...
 
     def commit(self, numbers: Sequence[int]) -> None:
@@ -118,7 +150,7 @@ class RequestTargets:
         self._index = index
         self._requests = requests
         self._lock = threading.Lock()
-        self._memory: dict[int, AnyArray] = {}
+        self._memory: dict[int, AnyArray | None] = {}
 
     def dense(self) -> npt.NDArray[np.bool_]:
         """Return what the sinks say of themselves."""
@@ -128,9 +160,15 @@ class RequestTargets:
 
     def buffers(self, numbers: Sequence[int]) -> list[Buffer]:
         """Return the sinks' memory as bytes."""
-        return [self.memory(number).reshape(-1).view(np.uint8).data for number in numbers]
+        buffers = []
+        for number in numbers:
+            memory = self.memory(number)
+            if memory is None:
+                raise PlanError(f"key {self._key(number)!r}: a dense sink gave no memory")
+            buffers.append(memory.reshape(-1).view(np.uint8).data)
+        return buffers
 
-    def memory(self, number: int) -> AnyArray:
+    def memory(self, number: int) -> AnyArray | None:
         """Return the memory that a sink gave.
 
         Raises
@@ -139,19 +177,36 @@ class RequestTargets:
             If it is not what was asked for.
         """
         with self._lock:
-            memory = self._memory.get(number)
-            if memory is None:
-                request = self._requests[number]
-                memory = request.sink.memory()
-                raw = self._index.tensors.dtype_of(request.tensor).raw
-                if memory.shape != request.sizes or memory.dtype != raw:
-                    raise PlanError(
-                        f"key {self._index.tensors.keys[request.tensor]!r}: the sink gave memory "
-                        f"of shape {memory.shape} and dtype {memory.dtype}, wanted "
-                        f"{request.sizes} and {raw}"
-                    )
-                self._memory[number] = memory
-            return memory
+            if number not in self._memory:
+                self._memory[number] = self._memory_of(number)
+            return self._memory[number]
+
+    def _memory_of(self, number: int) -> AnyArray | None:
+        request = self._requests[number]
+        memory = request.sink.memory()
+        if memory is None and isinstance(request.sink, PieceSink):
+            return None
+        raw = self._index.tensors.dtype_of(request.tensor).raw
+        if memory is None or memory.shape != request.sizes or memory.dtype != raw:
+            found = (
+                "no memory"
+                if memory is None
+                else f"memory of shape {memory.shape} and dtype {memory.dtype}"
+            )
+            raise PlanError(
+                f"key {self._key(number)!r}: the sink gave {found}, wanted {request.sizes} "
+                f"and {raw}"
+            )
+        return memory
+
+    def _key(self, number: int) -> str:
+        return self._index.tensors.keys[self._requests[number].tensor]
+
+    def put(self, number: int, start: tuple[int, ...], values: AnyArray) -> None:
+        """Pass elements on to a sink that takes them in pieces."""
+        sink = self._requests[number].sink
+        assert isinstance(sink, PieceSink)  # or there is memory
+        sink.put(start, values)
 
     def commit(self, numbers: Sequence[int]) -> None:
         """Commit the sinks, and let go of their memory."""
