@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +24,7 @@ from shardpoint.engine.writing import (
 )
 from shardpoint.errors import PlanError, StorageError
 from shardpoint.storage import LocalStorage
+from shardpoint.storage._files import LocalWritableFile
 from shardpoint.storage.testing import CountingStorage, Operation
 
 
@@ -204,6 +207,56 @@ def test_error_of_a_source_comes_through(tmp_path: Path) -> None:
         write_files(storage, files, threads=2, sync=False)
     assert storage.list() == []
     assert storage.open_files == 0
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_what_is_to_be_durable_starts_for_the_disk_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: bool
+) -> None:
+    started: list[tuple[int, int]] = []
+    real = LocalWritableFile.start_writeback
+
+    def note(self: LocalWritableFile, offset: int, length: int) -> None:
+        started.append((offset, length))
+        real(self, offset, length)
+
+    monkeypatch.setattr(LocalWritableFile, "start_writeback", note)
+    records = [_record(b"h", [ArraySource(np.ones(n, np.uint8))]) for n in (10, 500_000, 20)]
+    write_file(LocalStorage(tmp_path), "a", records, sync=sync)
+    end = 0
+    for offset, length in sorted(started):
+        assert offset == end
+        end += length
+    assert end == ((tmp_path / "a").stat().st_size if sync else 0)
+
+
+class _Discarding(LocalStorage):
+    """Takes what is written and forgets it."""
+
+    def create(self, name: str, *, size: int | None) -> Any:
+        return self
+
+    def write_from(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_memory_stays_bounded_whatever_the_strides(tmp_path: Path) -> None:
+    column = np.arange(1 << 14, dtype=np.float32)
+    wide = np.broadcast_to(column[:, None], (1 << 14, 1 << 10))  # 64 MiB, none of it there
+    records = [_record(b"h", [ArraySource(wide)]) for _ in range(2)]
+    records += [_record(b"h", [ArraySource(wide[:, :7].T)])]
+    small = np.zeros(50_000, np.uint8)
+    records += [_record(b"h", [ArraySource(small)]) for _ in range(1000)]
+    tracemalloc.start()
+    try:
+        write_files(_Discarding(tmp_path), {"a": records}, threads=2, sync=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 def test_all_bytes_are_written_once(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from shardpoint.dcp._tensors import dense_strides, dtype_of, host_memory
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.planner import SavePlanner, WriteItem, WriteItemType
+from shardpoint.engine._geometry import split_box
 from shardpoint.engine.writing import ArraySource, RecordSource
-from shardpoint.errors import NotSupportedError, PlanError, ShardpointError
+from shardpoint.errors import PlanError, ShardpointError
 from shardpoint.formats.torch_record import TensorRecordLayout
 
 __all__ = ["record_of", "uses_default_lookup"]
@@ -122,13 +124,29 @@ class _TensorSource:
             tensor = _checked(self._item, self._planner.resolve_data(self._item)).contiguous()
         array = host_memory(tensor)
         if array is None:
-            array = host_memory(tensor.detach().cpu().resolve_conj().resolve_neg())
-        if array is None:
-            raise NotSupportedError(
-                f"key {self._item.index.fqn!r}: a tensor on {tensor.device} cannot be copied to "
-                f"the host"
-            )
-        yield from ArraySource(_in_memory_order(array)).blocks(block_size)
+            yield from _staged_blocks(tensor, block_size)
+        else:
+            yield from ArraySource(_in_memory_order(array)).blocks(block_size)
+
+
+def _staged_blocks(tensor: torch.Tensor, block_size: int) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor on a device, or of a lazy view, through one host buffer."""
+    tensor = tensor.detach()
+    permuted = tensor.permute(
+        sorted(range(tensor.dim()), key=lambda axis: tensor.stride(axis), reverse=True)
+    )
+    tensor = permuted if permuted.is_contiguous() else tensor
+    count = min(tensor.numel(), max(1, block_size // tensor.itemsize))
+    buffer = torch.empty(count, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    memory = host_memory(buffer)
+    assert memory is not None
+    for offsets, sizes in split_box(tuple(tensor.shape), count):
+        piece = tensor
+        for axis, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            piece = piece.narrow(axis, offset, size)
+        into = buffer[: piece.numel()]
+        into.view(piece.shape).copy_(piece)
+        yield memory[: piece.numel()].view(np.uint8).data
 
 
 def _in_memory_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

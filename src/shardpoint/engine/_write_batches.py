@@ -6,19 +6,18 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from shardpoint.engine.sources import AnyRecord, FormedRecord, RecordSource, TensorSource
-from shardpoint.engine.written import BlockSums, WrittenRecords
+from shardpoint.engine.written import BlockSums, Write, WrittenRecords
 from shardpoint.errors import PlanError
 from shardpoint.formats.checksum import crc32, crc32_combine, crc32_of_each
 from shardpoint.formats.record_form import RecordForm, finish_records
 from shardpoint.index import BLOCK_BYTES
-from shardpoint.storage import WritableFile
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -27,7 +26,7 @@ __all__ = ["write_batch", "wrong_length"]
 
 
 def write_batch(
-    open_file: Callable[[], WritableFile],
+    write: Write,
     name: str,
     records: Sequence[AnyRecord],
     written: WrittenRecords,
@@ -37,8 +36,8 @@ def write_batch(
 
     Parameters
     ----------
-    open_file
-        Gives the file.
+    write
+        Writes to the file.
     name
         Of the file, for messages.
     records
@@ -74,7 +73,7 @@ def write_batch(
         raise wrong_length(name, wanted, len(data))
     if forms:
         _finish(forms, np.array(formed, np.int64), data, written, start)
-    open_file().write_from(start, [memoryview(data)])
+    write(start, [memoryview(data)])
 
 
 def _finish(

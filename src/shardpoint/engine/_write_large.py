@@ -8,19 +8,21 @@ from functools import partial
 
 from shardpoint.engine._write_batches import wrong_length
 from shardpoint.engine.sources import AnyRecord, FormedRecord, TensorSource
-from shardpoint.engine.written import BlockSums, WrittenRecords, combined
+from shardpoint.engine.written import BlockSums, Write, WrittenRecords, combined
 from shardpoint.formats.checksum import crc32, crc32_combine
 from shardpoint.index import BLOCK_BYTES
-from shardpoint.storage import WritableFile
 
 __all__ = ["large_record_tasks"]
 
-_WRITE = 1 << 20  # checksummed, then written while it is in cache; whole blocks
-_PIECE = 32 << 20  # what one thread takes of a large tensor; whole writes
+# What is checksummed and then written at once: whole blocks. Half of it would cost the kernel
+# more than the shorter way back into the cache saves.
+_WRITE = 4 << 20
+_PIECE = 16 << 20  # what one thread takes of a large tensor; whole writes
+_BUFFER = 1 << 20  # what sources that gather elements are asked for at a time
 
 
 def large_record_tasks(
-    open_file: Callable[[], WritableFile],
+    write: Write,
     name: str,
     record: AnyRecord,
     written: WrittenRecords,
@@ -30,8 +32,8 @@ def large_record_tasks(
 
     Parameters
     ----------
-    open_file
-        Gives the file.
+    write
+        Writes to the file.
     name
         Of the file, for messages.
     record
@@ -41,7 +43,7 @@ def large_record_tasks(
     row
         The record's row there.
     """
-    large = _LargeRecord(open_file, name, record, written, row)
+    large = _LargeRecord(write, name, record, written, row)
     memory = _memory_of(record)
     if memory is None:
         assert not isinstance(record, FormedRecord)
@@ -69,13 +71,13 @@ def _memory_of(record: AnyRecord) -> memoryview | None:
 class _LargeRecord:
     def __init__(
         self,
-        open_file: Callable[[], WritableFile],
+        write: Write,
         name: str,
         record: AnyRecord,
         written: WrittenRecords,
         row: int,
     ) -> None:
-        self._open = open_file
+        self._write = write
         self._name = name
         self._record = record
         self._written = written
@@ -88,7 +90,6 @@ class _LargeRecord:
 
     def write_piece(self, start: int, piece: memoryview) -> None:
         """Write a part of the payload from its own memory; the last one ends the record."""
-        file = self._open()
         blocks = self._written.blocks
         for at in range(0, len(piece), _WRITE):
             view = piece[at : at + _WRITE]
@@ -96,7 +97,7 @@ class _LargeRecord:
             for begin in range(0, len(view), BLOCK_BYTES):
                 blocks[block] = crc32(view[begin : begin + BLOCK_BYTES])
                 block += 1
-            file.write_from(self._offset + start + at, [view])
+            self._write(self._offset + start + at, [view])
         with self._lock:
             self.unfinished -= 1
             if self.unfinished:
@@ -105,16 +106,15 @@ class _LargeRecord:
 
     def write_parts(self, parts: Sequence[TensorSource]) -> None:
         """Write a payload that its parts give piece by piece, and end the record."""
-        file = self._open()
         sums = BlockSums()
         for part in parts:
             before = sums.nbytes
-            for block in part.blocks(_WRITE):
+            for block in part.blocks(_BUFFER):
                 at = sums.nbytes
                 if at + len(block) > self._nbytes:
                     raise wrong_length(self._name, self._nbytes, at + len(block))
                 sums.add(block)
-                file.write_from(self._offset + at, [block])
+                self._write(self._offset + at, [block])
             if sums.nbytes - before != part.nbytes:
                 raise wrong_length(self._name, part.nbytes, sums.nbytes - before)
         sums.finish()
@@ -132,9 +132,8 @@ class _LargeRecord:
         length = len(head) + self._nbytes + len(tail)
         if length != written.length[row]:
             raise wrong_length(self._name, int(written.length[row]), length)
-        file = self._open()
-        file.write_from(int(written.offset[row]), [memoryview(head)])
-        file.write_from(self._offset + self._nbytes, [memoryview(tail)])
+        self._write(int(written.offset[row]), [memoryview(head)])
+        self._write(self._offset + self._nbytes, [memoryview(tail)])
         written.payload_checksum[row] = checksum
         before = crc32_combine(crc32(head), checksum, self._nbytes)
         written.record_checksum[row] = crc32_combine(before, crc32(tail), len(tail))

@@ -10,22 +10,21 @@ import numpy as np
 
 from shardpoint.engine._write_batches import wrong_length
 from shardpoint.engine.sources import AnyRecord, FormedRecord, RecordSource
-from shardpoint.engine.written import BlockSums, WrittenRecords
+from shardpoint.engine.written import BlockSums, Write, WrittenRecords
 from shardpoint.formats.checksum import crc32, crc32_combine
-from shardpoint.storage import WritableFile
 
 __all__ = ["RecordParts", "parts_of", "write_streams"]
 
 _BLOCK = 1 << 20
 
 
-def write_streams(file: WritableFile, name: str, records: Sequence[AnyRecord]) -> WrittenRecords:
+def write_streams(write: Write, name: str, records: Sequence[AnyRecord]) -> WrittenRecords:
     """Write records one after the other; return where they are and their checksums.
 
     Parameters
     ----------
-    file, name
-        The file, and its name for messages.
+    write, name
+        Writes to the file; its name, for messages.
     records
         Of any lengths, known or not.
 
@@ -43,13 +42,13 @@ def write_streams(file: WritableFile, name: str, records: Sequence[AnyRecord]) -
         sums = BlockSums()
         parts = parts_of(record)
         start = offset
-        offset = _write(file, offset, memoryview(parts.head))
+        offset = _write(write, offset, memoryview(parts.head))
         for block in parts.blocks(_BLOCK):
             sums.add(block)
-            offset = _write(file, offset, block)
+            offset = _write(write, offset, block)
         checksum = sums.finish()
         tail = parts.tail(checksum)
-        offset = _write(file, offset, memoryview(tail))
+        offset = _write(write, offset, memoryview(tail))
         if parts.length is not None and parts.length != offset - start:
             raise wrong_length(name, parts.length, offset - start)
         before = crc32_combine(crc32(parts.head), checksum, sums.nbytes)
@@ -91,7 +90,7 @@ def _blocks(record: RecordSource, size: int) -> Iterator[memoryview]:
         yield from part.blocks(size)
 
 
-def _write(file: WritableFile, offset: int, data: memoryview) -> int:
+def _write(write: Write, offset: int, data: memoryview) -> int:
     if len(data):
-        file.write_from(offset, [data])
+        write(offset, [data])
     return offset + len(data)

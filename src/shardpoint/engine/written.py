@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,12 @@ import numpy.typing as npt
 from shardpoint.formats.checksum import crc32, crc32_combine
 from shardpoint.index import BLOCK_BYTES
 
-__all__ = ["BlockSums", "WrittenRecords", "block_count", "combined"]
+__all__ = ["BlockSums", "Write", "WrittenRecords", "combined"]
 
 Int64Array = npt.NDArray[np.int64]
+
+Write: TypeAlias = Callable[[int, Sequence[memoryview]], None]
+"""``write(offset, buffers)`` writes to one file; may be called side by side."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,11 +76,6 @@ class WrittenRecords:
     def spans(self) -> list[tuple[int, int]]:
         """Return offset and length of each record."""
         return list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
-
-
-def block_count(nbytes: int) -> int:
-    """Return how many blocks a payload of so many bytes has."""
-    return -(-nbytes // BLOCK_BYTES)
 
 
 def combined(checksums: Sequence[int], nbytes: int) -> int:

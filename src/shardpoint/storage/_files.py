@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +17,24 @@ from shardpoint.storage.base import Buffer
 __all__ = ["LocalReadableFile", "LocalWritableFile", "refused"]
 
 _VECTOR_LIMIT = min(os.sysconf("SC_IOV_MAX"), 1024) if "SC_IOV_MAX" in os.sysconf_names else 16
+
+
+# With this flag alone Linux starts the transfer and does not wait; a failure of it is kept for
+# the next fsync (sync_file_range(2)). Python has no function for it.
+_START_ONLY = 2
+
+
+def _find_sync_file_range() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        function.restype = ctypes.c_int
+    return function
+
+
+_sync_file_range = _find_sync_file_range()
 
 
 def refused(action: str, path: str, cause: OSError) -> StorageError:
@@ -115,6 +135,12 @@ class LocalWritableFile(_LocalFile):
                 raise StorageError(f"cannot write at byte {offset} of {self._path!r}: no progress")
             offset += count
             first = _advance(waiting, first, count)
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        """Let the system begin to move a span to the disk; errors show in `sync`."""
+        descriptor = self._descriptor
+        if _sync_file_range is not None and descriptor >= 0:
+            _sync_file_range(descriptor, offset, length, _START_ONLY)
 
     def sync(self) -> None:
         """Return only when everything written is durable."""
