@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import shardpoint
 from fixture_support import (
@@ -21,8 +21,8 @@ from fixture_support import (
     decode_object,
     public_fixtures,
 )
-from shardpoint.convert import to_checkpoint, to_torch_save
-from shardpoint.errors import CorruptionError, NotSupportedError
+from shardpoint.convert import to_checkpoint, to_safetensors, to_torch_save
+from shardpoint.errors import CorruptionError, NotSupportedError, PlanError
 from shardpoint.formats.torch_record import TensorRecordLayout
 from shardpoint.formats.value_pickling import pickle_value
 
@@ -149,6 +149,29 @@ def test_no_more_than_the_largest_tensor_is_in_memory(tmp_path: Path) -> None:
         assert largest < peak() < largest + slack
     with shardpoint.open(tmp_path / "ckpt") as checkpoint:
         assert checkpoint.read("t5", (slice(3, 4), slice(0, 2))).tolist() == [[5.0, 5.0]]
+
+
+def test_shards_become_full_safetensors_files(tmp_path: Path) -> None:
+    fixture = next(f for f in CASES if f.directory == PUBLIC / "2.13.0" / "hf_dist_mapped_w2")
+    numbers = {key: 1 + (key == "ids") for key in fixture.keys}
+    to_safetensors(fixture.checkpoint, tmp_path, file_numbers=numbers)
+    to_safetensors(fixture.checkpoint, tmp_path, file_numbers=numbers)  # over what is there
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert load_file(tmp_path / "model-00002-of-00002.safetensors").keys() == {"ids"}
+    assert_holds(tmp_path, fixture)
+
+
+def test_safetensors_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotSupportedError, match="objects"):
+        to_safetensors(SOURCE, tmp_path / "a")
+    save_file({"a": np.ones(1), "b": np.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(PlanError, match=r"'b'.*no file number(.|\n)*'c'.*not in the checkpoint"):
+        to_safetensors(tmp_path / "x.safetensors", tmp_path / "a", file_numbers={"a": 1, "c": 2})
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_cannot_be_pickled_is_named() -> None:

@@ -5,6 +5,7 @@ one by one); everything that is read is compared with its checksum where it has 
 """
 
 from shardpoint.convert._checkpoint import to_checkpoint
+from shardpoint.convert._safetensors import to_safetensors
 from shardpoint.convert._torch_save import to_torch_save
 
-__all__ = ["to_checkpoint", "to_torch_save"]
+__all__ = ["to_checkpoint", "to_safetensors", "to_torch_save"]

@@ -8,6 +8,7 @@ from shardpoint.dcp._fsspec_filesystem import FsspecReader, FsspecWriter
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from shardpoint.dcp.filesystem import FileSystemReader, FileSystemWriter
+from shardpoint.dcp.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from shardpoint.dcp.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -23,6 +24,7 @@ from shardpoint.dcp.planner import (
     SavePlanner,
     WriteItem,
 )
+from shardpoint.dcp.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from shardpoint.dcp.state_dict_loader import LoadReport, load, load_state_dict
 from shardpoint.dcp.state_dict_saver import async_save, save, save_state_dict
 from shardpoint.dcp.stateful import Stateful
@@ -38,10 +40,13 @@ __all__ = [
     "FileSystemWriter",
     "FsspecReader",
     "FsspecWriter",
+    "HuggingFaceStorageReader",
+    "HuggingFaceStorageWriter",
     "LoadPlan",
     "LoadPlanner",
     "LoadReport",
     "Metadata",
+    "QuantizedHuggingFaceStorageReader",
     "ReadItem",
     "SavePlan",
     "SavePlanner",

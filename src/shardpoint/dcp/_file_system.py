@@ -80,7 +80,8 @@ class FileSystem(FileSystemBase):
             yield cast(io.IOBase, stream)
 
     def concat_path(self, path: PathLike, suffix: str) -> PathLike:
-        return Path(path) / suffix
+        text = os.fspath(path)
+        return f"{text.rstrip('/')}/{suffix}" if is_url(text) else Path(path) / suffix
 
     def init_path(self, path: PathLike) -> PathLike:
         return str(path) if is_url(os.fspath(path)) else Path(path)

@@ -52,6 +52,7 @@ from shardpoint.index import CheckpointIndex
 from shardpoint.planning.balance import spread_rows
 from shardpoint.planning.placing import attach_storage
 from shardpoint.planning.save import OBJECT, WriteColumns
+from shardpoint.storage import Storage
 from shardpoint.storage.places import local_path, remote_storage
 
 __all__ = [
@@ -375,17 +376,20 @@ class FileSystemReader(StoragePlace, StorageReader):
         return is_place(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._index, self.storage = open_index(
-            self.path if is_known(self.fs) else self.storage,
-            prefer_rank=kwargs.get("rank"),
-            allowed=self.allowed,
-            options=getattr(self.fs, "options", None),
-        )
+        self._index, self.storage = self._open(kwargs.get("rank"))
         metadata = metadata_of(self._index, _StorageInfo)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _open(self, rank: int | None) -> tuple[CheckpointIndex, Storage]:
+        return open_index(
+            self.path if is_known(self.fs) else self.storage,
+            prefer_rank=rank,
+            allowed=self.allowed,
+            options=getattr(self.fs, "options", None),
+        )
 
     @property
     def is_per_rank(self) -> bool:
