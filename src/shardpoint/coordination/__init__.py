@@ -8,12 +8,13 @@ and all ranks raise the same `RankFailedError`. A rank that is gone is a failed 
 
 from shardpoint.coordination._protocol import Coordinator, SingleProcess
 from shardpoint.coordination._steps import agree, broadcast_result, gather_scatter
-from shardpoint.coordination._wire import Shared
+from shardpoint.coordination._wire import Shared, WireWriter
 
 __all__ = [
     "Coordinator",
     "Shared",
     "SingleProcess",
+    "WireWriter",
     "agree",
     "broadcast_result",
     "gather_scatter",

@@ -250,7 +250,8 @@ class ProcessGroupCoordinator:
             lost: RankLostError = pickle.loads(payload)  # noqa: S301  from our own ranks
             return lost
         step = data[24:_HEADER].rstrip(b"\0").decode(errors="replace")
-        if (number, step) != (self._number, self._label()):
+        # The coordinator notices, and whatever it says to that is meant for the others.
+        if self.is_coordinator and (number, step) != (self._number, self._label()):
             return PlanError(
                 f"the ranks are not doing the same: rank {rank} is in step {number}, {step!r}, and "
                 f"rank {self._rank} in step {self._number}, {self._label()!r}; every rank of the "

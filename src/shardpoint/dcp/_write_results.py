@@ -17,7 +17,7 @@ from shardpoint.index import BLOCK_BYTES, UNKNOWN, BlockChecksums, Payloads
 from shardpoint.planning.placing import Written
 from shardpoint.planning.save import OBJECT, WriteColumns
 
-__all__ = ["ResultTable", "results_of", "written_by"]
+__all__ = ["ResultTable", "bytes_of", "results_of", "written_by"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -122,6 +122,13 @@ def results_of(
             storage_info,
         )
     )
+
+
+def bytes_of(results: Sequence[Any]) -> int:
+    """Return how many bytes of files some results are about; other storage need not say."""
+    if isinstance(results, ResultTable):
+        return int(results.columns.written.length.sum())
+    return sum(getattr(result, "size_in_bytes", 0) for result in results)
 
 
 def _firsts(counts: Int64Array) -> Int64Array:

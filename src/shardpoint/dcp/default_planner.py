@@ -64,7 +64,9 @@ class DefaultSavePlanner(SavePlanner):
     dedup_save_to_lowest_rank
         Give what several ranks hold to the lowest of them, instead of balancing by bytes.
     enable_plan_caching
-        Accepted for torch's sake: plans are made anew, which takes little time here.
+        Let a class that overrides `create_global_plan` be passed over while no rank's plan has
+        changed since the last save with this planner. Others are without being asked: their
+        ranks exchange fingerprints of constant size instead of plans then.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class DefaultSavePlanner(SavePlanner):
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.dedup_save_to_lowest_rank = dedup_save_to_lowest_rank
+        self.enable_plan_caching = enable_plan_caching
         self.mappings: dict[str, tuple[str | int, ...]] = {}
         self.state_dict: STATE_DICT_TYPE = {}
         self.is_coordinator = False
@@ -227,8 +230,8 @@ class DefaultLoadPlanner(LoadPlanner):
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return create_default_global_load_plan(global_plan)
 
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        return new_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn

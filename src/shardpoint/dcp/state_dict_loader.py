@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,15 +138,12 @@ def load(
     run.run()
     with checkpoint_exceptions():
         agree(coordinator, "load_state_dict", lambda: _hand_back(state_dict, run.loaded))
-    statistics = getattr(run.reader, "statistics", None)
-    report = LoadReport(
+    return LoadReport(
         missing=tuple(getattr(planner, "missing", ())),
         unexpected=tuple(getattr(planner, "unexpected", ())),
-        bytes_read=0 if statistics is None else statistics.bytes_read,
+        bytes_read=run.bytes_read,
         seconds=time.perf_counter() - started,
     )
-    logger.info("loaded: %d bytes in %.3f s", report.bytes_read, report.seconds)
-    return report
 
 
 def _states(state_dict: STATE_DICT_TYPE) -> dict[str, Any]:
@@ -194,16 +191,46 @@ class _Load:
     coordinator: Coordinator
     reader: StorageReader | None = None
     loaded: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+    save_id: str = ""
 
     def run(self) -> None:
+        started = time.perf_counter()
         with checkpoint_exceptions():
             plan = self._plan()
+            planned = time.perf_counter()
             agree(self.coordinator, "read", lambda: self._read(plan))
+        logger.info(
+            "loaded %d bytes on this rank: plan %.3f s, read %.3f s",
+            self.bytes_read,
+            planned - started,
+            time.perf_counter() - planned,
+        )
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of data files; 0 where the storage does not say."""
+        statistics = getattr(self.reader, "statistics", None)
+        return 0 if statistics is None else int(statistics.bytes_read)
 
     def _plan(self) -> LoadPlan:
-        if self._plans_alone():
-            return agree(self.coordinator, "plan", self._plan_locally)
-        return gather_scatter(self.coordinator, "plan", self._plan_locally, self._plan_globally)
+        if self.coordinator.world_size == 1:
+            if self._plans_alone():
+                return agree(self.coordinator, "plan", self._plan_locally)
+            return gather_scatter(self.coordinator, "plan", self._plan_locally, self._plan_globally)
+        local: list[LoadPlan] = []
+
+        def announce() -> _Found:
+            local.append(self._plan_locally())
+            return _Found(self.place, self.save_id, sends_plan=not self._plans_alone())
+
+        def decide(found: list[_Found]) -> list[bool]:
+            _check_same(found)
+            return [any(rank.sends_plan for rank in found)] * len(found)
+
+        if gather_scatter(self.coordinator, "plan", announce, decide):
+            return gather_scatter(self.coordinator, "plan", lambda: local[0], self._plan_globally)
+        return local[0]
 
     def _plans_alone(self) -> bool:
         """Whether nobody wants to see all ranks' plans: then they need not be sent."""
@@ -220,6 +247,10 @@ class _Load:
         self.loaded = self.state()
         rank, is_coordinator = self.coordinator.rank, self.coordinator.is_coordinator
         metadata, use_collectives = _read_metadata(reader, rank)
+        if isinstance(reader, FileSystemReader) and not reader.is_per_rank:
+            meta = metadata.storage_meta
+            self.place = os.fspath(reader.checkpoint_id)
+            self.save_id = (meta.save_id or "") if meta is not None else ""
         self.planner.set_up_planner(self.loaded, metadata, is_coordinator)
         set_up = reader.set_up_storage_reader
         keywords = accepted(set_up, rank=rank, use_collectives=use_collectives)
@@ -233,6 +264,31 @@ class _Load:
     def _read(self, plan: LoadPlan) -> None:
         assert self.reader is not None
         self.reader.read_data(self.planner.finish_plan(plan), self.planner).wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a rank found to load: where, the save that it is of, if known; how it plans."""
+
+    place: str
+    save_id: str
+    sends_plan: bool
+
+
+def _check_same(found: Sequence[_Found]) -> None:
+    """Raise where a checkpoint was replaced after some ranks had opened it.
+
+    Ranks that load from different places mean to.
+    """
+    first: dict[str, int] = {}
+    for rank, one in enumerate(found):
+        other = first.setdefault(one.place, rank)
+        wanted = found[other].save_id
+        if wanted and one.save_id and wanted != one.save_id:
+            raise PlanError(
+                f"rank {other} opened save {wanted} of {one.place!r} and rank {rank} save "
+                f"{one.save_id}: it was replaced meanwhile, so load again"
+            )
 
 
 def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:

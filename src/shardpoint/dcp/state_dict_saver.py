@@ -29,8 +29,10 @@ from shardpoint.dcp._async_saving import (
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._pending import settle
 from shardpoint.dcp._process_group import Timeout, coordinator_for
+from shardpoint.dcp._save_planning import cache_of, plan_together
 from shardpoint.dcp._signatures import accepted
 from shardpoint.dcp._state import call_state_dict
+from shardpoint.dcp._write_results import bytes_of
 from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.filesystem import FileSystemWriter, _StorageInfo
@@ -245,6 +247,7 @@ class _Save:
     writer: StorageWriter | None = None
     metadata: Metadata | None = None
     results: list[list[WriteResult]] | None = None
+    bytes_written: int = 0
 
     def plan_locally(self) -> SavePlan:
         writer = self.writer = self.make_writer()
@@ -270,6 +273,7 @@ class _Save:
         assert self.writer is not None
         future = self.writer.write_data(self.planner.finish_plan(plan), self.planner)
         results: list[WriteResult] = future.wait()
+        self.bytes_written = bytes_of(results)
         return results
 
     def collect(self, results: list[list[WriteResult]]) -> list[None]:
@@ -304,9 +308,7 @@ def _save(
     times = [time.perf_counter()]
     with checkpoint_exceptions():
         try:
-            plan: SavePlan = gather_scatter(
-                coordinator, "plan", run.plan_locally, run.plan_globally
-            )
+            plan = plan_together(run, coordinator, cache_of(planner, coordinator))
             times.append(time.perf_counter())
             gather_scatter(coordinator, "write", lambda: run.write(plan), run.collect)
             times.append(time.perf_counter())
@@ -320,11 +322,11 @@ def _save(
                 _abort(run)
             raise
     times.append(time.perf_counter())
-    if coordinator.is_coordinator:
-        logger.info(
-            "saved: plan %.3f s, write %.3f s, commit %.3f s",
-            *(after - before for before, after in pairwise(times)),
-        )
+    logger.info(
+        "saved %d bytes of this rank's: plan %.3f s, write %.3f s, commit %.3f s",
+        run.bytes_written,
+        *(after - before for before, after in pairwise(times)),
+    )
     if isinstance(finished, CheckpointIndex):
         return metadata_of(finished, _StorageInfo)
     return finished
