@@ -96,6 +96,22 @@ def test_conversion_by_url(tmp_path: Path) -> None:
         assert new.verify().ok
 
 
+def test_encrypted_checkpoint_is_converted_with_its_key(tmp_path: Path) -> None:
+    dcp = pytest.importorskip("shardpoint.dcp")
+    torch = pytest.importorskip("torch")
+    from shardpoint.dcp.extension import AesGcm as Extension
+    from shardpoint.transforms import AesGcm
+
+    key = bytes(range(32))
+    state = {"a": torch.arange(5), "step": 3}
+    writer = dcp.FileSystemWriter(tmp_path / "ckpt", _extensions=[Extension(key)])
+    dcp.save(state, storage_writer=writer)
+    to_torch_save(tmp_path / "ckpt", tmp_path / "x.pt", transforms=[AesGcm(key)])
+    with shardpoint.open(tmp_path / "x.pt") as checkpoint:
+        assert checkpoint["a"].tolist() == [0, 1, 2, 3, 4]
+        assert checkpoint["step"] == 3
+
+
 def test_failed_conversion_keeps_what_was_there(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

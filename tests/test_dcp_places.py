@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem as TheirFileSyste
 import shardpoint
 import shardpoint.dcp as ours
 from shardpoint.dcp._file_system_storage import FileSystemStorage
+from shardpoint.dcp.extension import ZStandard
 from shardpoint.dcp.filesystem import FileSystem, FileSystemBase
 from shardpoint.errors import CheckpointExistsError
 from shardpoint.storage import LocalStorage, Storage, storage_at
@@ -106,6 +107,19 @@ def test_we_read_what_torch_wrote_through_fsspec(url: str) -> None:
         target = empty()
         ours.load(target, storage_reader=reader)
         assert_same(target, state(1))
+
+
+@pytest.mark.parametrize("package", ["torch", "shardpoint"])
+def test_compressed_checkpoints_by_url(url: str, package: str) -> None:
+    # the lengths of compressed records are not known before they are written
+    writer = ours.FsspecWriter(url, _extensions=[ZStandard()])
+    ours.save(state(1), storage_writer=writer)
+    target = empty()
+    if package == "torch":
+        their_load(target, TheirReader(url))
+    else:
+        ours.load(target, storage_reader=ours.FsspecReader(url))
+    assert_same(target, state(1))
 
 
 def test_overwriting_by_url_leaves_only_the_new_checkpoint(url: str) -> None:

@@ -14,13 +14,12 @@ import numpy.typing as npt
 from shardpoint.coordination import Coordinator, gather_scatter
 from shardpoint.dcp._tensors import dtype_of_array, wrap
 from shardpoint.dcp.planner import LoadItemType, LoadPlanner, ReadItem
+from shardpoint.engine.executor import default_threads
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ArraySink, ReadRequest, read_tensors
 from shardpoint.errors import PlanError, Problem
 
 __all__ = ["broadcast_tensors"]
-
-_THREADS = 4
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 
@@ -134,7 +133,7 @@ class _Reader:
         request = ReadRequest(
             tensor=row, offsets=(0,) * len(shape), sizes=shape, sink=ArraySink(whole)
         )
-        read_tensors(self._index, self._storage, [request], threads=_THREADS, verify=True)
+        read_tensors(self._index, self._storage, [request], threads=default_threads(), verify=True)
         return [
             [whole[_slices(offsets, sizes)] for offsets, sizes in of_rank.get(key, ())]
             for of_rank in self._wanted

@@ -14,7 +14,7 @@ from shardpoint.dcp._hf_planning import HuggingFacePlan
 from shardpoint.dcp._tensors import dtype_of, host_memory
 from shardpoint.dcp.planner import SavePlanner, WriteItem
 from shardpoint.engine.boxes import write_box
-from shardpoint.engine.executor import run_tasks
+from shardpoint.engine.executor import default_threads, run_tasks
 from shardpoint.engine.sources import ArraySource, RecordSource
 from shardpoint.engine.writing import write_files
 from shardpoint.errors import NotSupportedError, PlanError
@@ -26,8 +26,6 @@ __all__ = ["write_own_files", "write_shared_files"]
 
 Place: TypeAlias = tuple[str, int, int]
 """File, byte offset and length of an item."""
-
-_THREADS = 4
 
 
 def write_shared_files(
@@ -55,7 +53,7 @@ def write_shared_files(
                 partial(write, item, number, start)
                 for item, number, start in zip(items, plan.file_of, plan.starts, strict=True)
             ),
-            threads=_THREADS,
+            threads=default_threads(),
             name="shardpoint-write",
         )
         if sync:
@@ -94,7 +92,7 @@ def write_own_files(
         for row, item in zip(rows, chosen, strict=True):
             start, end = spans[item.index.fqn]
             places[row] = (name, start, end - start)
-    write_files(storage, records, threads=_THREADS, sync=sync)
+    write_files(storage, records, threads=default_threads(), sync=sync)
     return [places[row] for row in range(len(items))]
 
 

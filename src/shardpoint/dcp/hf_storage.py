@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from shardpoint.convert import to_safetensors
-from shardpoint.convert._reading import Source
-from shardpoint.convert._safetensors import place_name, write_full_files
+from shardpoint.convert.safetensors import place_name, write_full_files
+from shardpoint.convert.source import Source
 from shardpoint.coordination import gather_scatter
 from shardpoint.dcp._file_system import storage_of
 from shardpoint.dcp._hf_planning import HuggingFacePlan, SaveShape, is_stale, shape_of_save
@@ -321,7 +321,7 @@ def consolidate_safetensors_files_on_every_rank(
     storage = storage_at(output_dir)
 
     def write() -> tuple[dict[str, str], int]:
-        source = Source(input_dir, threads=max(1, num_threads), allowed=None)
+        source = Source(input_dir, threads=max(1, num_threads))
         chosen = {
             number
             for number in set(fqn_to_index_mapping.values())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from shardpoint.convert._reading import Source, default_threads, flat_bytes
+from shardpoint.convert.source import Source, flat_bytes
 from shardpoint.engine.sources import RecordSource
 from shardpoint.engine.writing import write_files
 from shardpoint.errors import NotSupportedError, PlanError, Problem, ShardpointError
@@ -18,6 +18,7 @@ from shardpoint.formats.huggingface_writing import (
 )
 from shardpoint.formats.safetensors import encode_header
 from shardpoint.storage import Storage, storage_at
+from shardpoint.transforms import Transform
 
 __all__ = ["place_name", "to_safetensors", "write_full_files"]
 
@@ -28,6 +29,7 @@ def to_safetensors(
     *,
     file_numbers: Mapping[str, int] | None = None,
     threads: int | None = None,
+    transforms: Iterable[Transform] = (),
     sync: bool = True,
 ) -> None:
     """Write a checkpoint of tensors as Hugging Face's libraries load it.
@@ -45,6 +47,9 @@ def to_safetensors(
         Which file each tensor goes into, from 1 on; None is one file for all.
     threads
         How many pieces are read at once; a tensor is in memory while it is written.
+    transforms
+        What undoes compression or encryption of the source beyond what is known anyway; see
+        `shardpoint.open`. What is written is plain.
     sync
         Make the files durable.
 
@@ -55,7 +60,7 @@ def to_safetensors(
     NotSupportedError
         If the checkpoint holds objects, or a dtype that safetensors does not have.
     """
-    opened = Source(source, threads=threads or default_threads(), allowed=None)
+    opened = Source(source, threads=threads, transforms=transforms)
     storage = target if isinstance(target, Storage) else storage_at(target)
     numbers = file_numbers or dict.fromkeys(opened.index.tensors.keys, 1)
     _check_numbers(opened, numbers)

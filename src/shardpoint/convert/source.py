@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
@@ -11,25 +11,22 @@ import numpy as np
 import numpy.typing as npt
 
 from shardpoint._sinks import NewArraySink
+from shardpoint.engine.executor import default_threads
 from shardpoint.engine.objects import read_objects
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ReadRequest, read_tensors
 from shardpoint.formats.value_pickling import TensorKeepingFactory
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
+from shardpoint.transforms import Transform, Transforms
 
-__all__ = ["Allowed", "Source", "default_threads", "flat_bytes"]
+__all__ = ["Allowed", "Source", "flat_bytes"]
 
 Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
 AnyArray: TypeAlias = npt.NDArray[Any]
 
 _TOGETHER = 4 << 20
 """Small tensors are read together up to this size: a read has costs of its own."""
-
-
-def default_threads() -> int:
-    """Return how many threads read side by side."""
-    return min(8, os.cpu_count() or 1)
 
 
 class Source:
@@ -43,13 +40,21 @@ class Source:
         How many pieces are read at once.
     allowed
         Classes beyond the closed list.
+    transforms
+        What undoes compression or encryption beyond what is known anyway.
     """
 
     def __init__(
-        self, place: str | os.PathLike[str] | Storage, *, threads: int, allowed: Allowed | None
+        self,
+        place: str | os.PathLike[str] | Storage,
+        *,
+        threads: int | None,
+        allowed: Allowed | None = None,
+        transforms: Iterable[Transform] = (),
     ) -> None:
-        self._threads = threads
+        self._threads = default_threads() if threads is None else threads
         self._allowed = allowed or {}
+        self._finder = Transforms(tuple(transforms))
         self._factory = TensorKeepingFactory()
         self.index, self.storage = open_index(place, allowed=self._allowed, factory=self._factory)
 
@@ -69,6 +74,7 @@ class Source:
             factory=self._factory,
             allowed=self._allowed,
             verify=True,
+            finder=self._finder,
         )
         return {keys[row]: value for row, value in values}
 
@@ -102,7 +108,14 @@ class Source:
             for row, sink in zip(rows, sinks, strict=True)
             for shape in (tensors.shape_of(row),)
         ]
-        read_tensors(index, self.storage, requests, threads=self._threads, verify=True)
+        read_tensors(
+            index,
+            self.storage,
+            requests,
+            threads=self._threads,
+            verify=True,
+            finder=self._finder,
+        )
         return [sink.memory() for sink in sinks]
 
 

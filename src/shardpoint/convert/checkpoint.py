@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from shardpoint.convert._reading import Allowed, Source, default_threads, flat_bytes
+from shardpoint.convert.source import Allowed, Source, flat_bytes
 from shardpoint.engine import committing
 from shardpoint.engine.alone import chunks_alone
 from shardpoint.engine.sources import RecordSource
@@ -30,6 +30,7 @@ from shardpoint.index import (
     build_index,
 )
 from shardpoint.storage import Storage, storage_at
+from shardpoint.transforms import Transform
 
 __all__ = ["to_checkpoint"]
 
@@ -42,6 +43,7 @@ def to_checkpoint(
     *,
     threads: int | None = None,
     allowed: Allowed | None = None,
+    transforms: Iterable[Transform] = (),
     sync: bool = True,
 ) -> None:
     """Write a checkpoint as torch.distributed.checkpoint has it, in one data file.
@@ -59,6 +61,9 @@ def to_checkpoint(
         How many pieces of a chunk are read at once.
     allowed
         Classes beyond the closed list that objects may be made of.
+    transforms
+        What undoes compression or encryption of the source beyond what is known anyway; see
+        `shardpoint.open`. What is written is plain.
     sync
         Make everything durable before the checkpoint counts.
 
@@ -67,9 +72,7 @@ def to_checkpoint(
     CheckpointNotFoundError, FormatError, CorruptionError, StorageError, NotSupportedError
         As `shardpoint.open` and reading do.
     """
-    opened = Source(
-        source, threads=default_threads() if threads is None else threads, allowed=allowed
-    )
+    opened = Source(source, threads=threads, allowed=allowed, transforms=transforms)
     storage = storage_at(target)
     storage.prepare()
     name = f"{committing.data_prefix(0, committing.new_token(storage))}0.distcp"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from shardpoint.convert._reading import Allowed, Source, default_threads, flat_bytes
+from shardpoint.convert.source import Allowed, Source, flat_bytes
 from shardpoint.errors import CheckpointNotFoundError, ShardpointError
 from shardpoint.formats.torch_save_writing import torch_save_length, torch_save_pieces
 from shardpoint.formats.value_pickling import StoredTensor, pickle_value, tensor_bytes
 from shardpoint.storage import Buffer, Storage, WritableFile, storage_at
+from shardpoint.transforms import Transform
 from shardpoint.tree import unflatten
 
 __all__ = ["to_torch_save"]
@@ -26,6 +27,7 @@ def to_torch_save(
     *,
     threads: int | None = None,
     allowed: Allowed | None = None,
+    transforms: Iterable[Transform] = (),
     sync: bool = True,
 ) -> None:
     """Write a checkpoint into one file, as ``torch.save`` writes the nested state dict.
@@ -44,6 +46,9 @@ def to_torch_save(
     allowed
         Classes beyond the closed list that objects may be made of; they are written as Python
         pickles them, and then ``torch.load(weights_only=True)`` wants to be told of them too.
+    transforms
+        What undoes compression or encryption of the source beyond what is known anyway; see
+        `shardpoint.open`. What is written is plain.
     sync
         Make the file durable before it takes its place.
 
@@ -52,9 +57,7 @@ def to_torch_save(
     CheckpointNotFoundError, FormatError, CorruptionError, StorageError, NotSupportedError
         As `shardpoint.open` and reading do.
     """
-    opened = Source(
-        source, threads=default_threads() if threads is None else threads, allowed=allowed
-    )
+    opened = Source(source, threads=threads, allowed=allowed, transforms=transforms)
     index = opened.index
     rows = {}
     values: dict[str, Any] = opened.objects()
