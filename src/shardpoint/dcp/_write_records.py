@@ -23,7 +23,7 @@ from shardpoint.formats.torch_record import TensorRecordLayout, object_form, obj
 from shardpoint.index import row_major_strides
 from shardpoint.planning.save import OBJECT, WriteColumns
 
-__all__ = ["PreparedRecords", "prepare_records"]
+__all__ = ["PreparedRecords", "prepare_records", "row_major"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -66,7 +66,7 @@ def prepare_records(
         If the planner gives something else than the plan announces.
     """
     axes = columns.sizes.shape[1]
-    strides = _row_major(columns.sizes, columns.ndim)
+    strides = row_major(columns.sizes, columns.ndim)
     if not uses_default_lookup(planner):
         made = [record_of(planner, item, keep=False) for item in items]
         return PreparedRecords([record for record, _ in made], strides)
@@ -198,7 +198,7 @@ def _object_record(value: Any) -> AnyRecord | None:
     return FormedRecord(form, pickled)
 
 
-def _row_major(sizes: Int64Array, ndim: npt.NDArray[np.int16]) -> Int64Array:
+def row_major(sizes: Int64Array, ndim: npt.NDArray[np.int16]) -> Int64Array:
     """Return ``int64[n, D]``: row-major strides in elements, padded with 0."""
     strides = np.ones_like(sizes)
     np.cumprod(np.maximum(sizes[:, :0:-1], 1), axis=1, out=strides[:, -2::-1])

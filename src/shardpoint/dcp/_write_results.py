@@ -13,7 +13,7 @@ from shardpoint.dcp._lazy_list import LazyList
 from shardpoint.dcp.metadata import MetadataIndex
 from shardpoint.dcp.storage import WriteResult
 from shardpoint.engine.written import WrittenRecords
-from shardpoint.index import BLOCK_BYTES, UNKNOWN, BlockChecksums, Payloads
+from shardpoint.index import BLOCK_BYTES, UNKNOWN, BlockChecksums, Container, Payloads
 from shardpoint.planning.placing import Written
 from shardpoint.planning.save import OBJECT, WriteColumns
 
@@ -62,6 +62,7 @@ def results_of(
     files: Mapping[str, Int64Array],
     written: Mapping[str, WrittenRecords],
     transforms: tuple[str, ...],
+    container: Container,
     storage_info: Any,
 ) -> ResultTable:
     """Return what was written, file by file.
@@ -79,6 +80,8 @@ def results_of(
         `EncodedRecords.decoded`.
     transforms
         What all records went through.
+    container
+        What the tensors are in.
     """
     rows = np.concatenate([np.zeros(0, np.int64), *files.values()])
     numbers = rows.tolist()
@@ -103,6 +106,7 @@ def results_of(
         flags=np.zeros(len(rows), np.uint8),
     )
     keys = columns.keys
+    in_image = ~is_object & (container == Container.SAFETENSORS_IMAGE)
     return ResultTable(
         ResultColumns(
             Written(
@@ -117,7 +121,9 @@ def results_of(
                 transforms=[transforms] * len(rows),
                 payloads=payloads,
                 blocks=BlockChecksums(BLOCK_BYTES, _firsts(block_counts), blocks[of_tensor]),
-                record_checksum=joined("record_checksum"),
+                # That of an image's tensor is its payload's, not that of the bytes at `offset`.
+                record_checksum=np.where(in_image, UNKNOWN, joined("record_checksum")),
+                container=np.where(is_object, Container.TORCH_RECORD, container).astype(np.uint8),
             ),
             storage_info,
         )
@@ -159,7 +165,19 @@ def written_by(results: Iterable[Sequence[Any]]) -> Written:
         payloads=_all_payloads(parts),
         blocks=_all_blocks(parts),
         record_checksum=_all_checksums(parts),
+        container=_all_containers(parts),
     )
+
+
+def _all_containers(parts: Sequence[Written]) -> npt.NDArray[np.uint8] | None:
+    if all(part.container is None for part in parts):
+        return None
+    plain = Container.TORCH_RECORD
+    known = [
+        np.full(len(part.keys), plain, np.uint8) if part.container is None else part.container
+        for part in parts
+    ]
+    return np.concatenate(known)
 
 
 def _stacked(arrays: Sequence[Int64Array]) -> Int64Array:

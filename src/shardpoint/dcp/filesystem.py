@@ -18,15 +18,15 @@ from shardpoint.dcp._extensions import (
     Registry,
     RegistryFinder,
     check_extensions,
-    descriptors_of,
 )
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._reading import carry_out
-from shardpoint.dcp._write_files import write_rows
+from shardpoint.dcp._write_files import RowWriter
+from shardpoint.dcp._write_images import without_repeated_keys
 from shardpoint.dcp._write_items import columns_of
 from shardpoint.dcp._write_records import prepare_records
-from shardpoint.dcp._write_results import results_of, written_by
+from shardpoint.dcp._write_results import written_by
 from shardpoint.dcp.metadata import Metadata, StorageMeta
 from shardpoint.dcp.planner import (
     LoadPlan,
@@ -144,7 +144,8 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         Extensions, ours or torch's or a program's own, that every entry goes through; the one
         named last is applied first.
     serialization_format
-        Nothing but ``TORCH_SAVE`` can be written so far.
+        What tensors are written as: a ``torch.save`` record each, or one safetensors image in
+        each file, which torch 2.13 writes, too, but cannot read.
     """
 
     def __init__(
@@ -160,8 +161,10 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
     ) -> None:
         self.extensions = check_extensions(_extensions or ())
-        if serialization_format.value != SerializationFormat.TORCH_SAVE.value:
-            raise NotSupportedError(f"writing {serialization_format} is not supported")
+        # By value, so that torch's own enumeration serves, too.
+        self._writes_images = serialization_format.value == SerializationFormat.SAFETENSORS.value
+        if self._writes_images and self.extensions:
+            raise NotSupportedError("safetensors images cannot be written through extensions")
         if thread_count < 1:
             raise PlanError(f"thread_count must be at least 1, not {thread_count}")
         BlockingAsyncStager.__init__(self, cache_staged_state_dict=cache_staged_state_dict)
@@ -236,22 +239,26 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
             raise PlanError("prepare_global_plan was not called on this plan")
         columns = columns_of(plan.items)
         prepared = prepare_records(plan.items, columns, planner)
+        buckets = self._buckets(columns)
+        if self._writes_images:
+            buckets = list(without_repeated_keys(buckets, columns))
         files = {
             f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": rows
-            for number, rows in enumerate(self._buckets(columns))
+            for number, rows in enumerate(buckets)
         }
         self._written = list(files)
-        written = write_rows(
+        writer = RowWriter(
             self.storage,
             columns,
-            prepared.records,
-            files,
-            extensions=self.extensions,
+            prepared,
+            _StorageInfo,
             threads=max(self.thread_count, default_threads()),
             sync=self.sync_files,
         )
-        transforms = descriptors_of(self.extensions)
-        results = results_of(columns, prepared.strides, files, written, transforms, _StorageInfo)
+        if self._writes_images:
+            results = writer.write_images(files)
+        else:
+            results = writer.write(files, extensions=self.extensions)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)  # type: ignore[arg-type]
         return future

@@ -31,6 +31,7 @@ __all__ = [
     "SafetensorsTensor",
     "encode_header",
     "read_header",
+    "written_order",
 ]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -217,6 +218,25 @@ def _check_spans(
         position = tensor.end
     if position != file_size:
         _fail(f"the data end at {position}, the file at {file_size}", file)
+
+
+_WRITTEN_FIRST = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+
+
+def written_order(tensors: Mapping[str, DType]) -> list[str]:
+    """Return names in the order in which safetensors 0.8 writes tensors: by dtype, then by name.
+
+    Wide elements come first, so that all are aligned.
+    """
+    places = {name: place for place, name in enumerate(_WRITTEN_FIRST)}
+
+    def place(name: str) -> tuple[int, str]:
+        return places.get(tensors[name].safetensors_name or "", len(places)), name
+
+    return sorted(tensors, key=place)
 
 
 def encode_header(

@@ -10,7 +10,15 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shardpoint.index import NO_FILE, UNKNOWN, BlockChecksums, CheckpointIndex, Chunks, Payloads
+from shardpoint.index import (
+    NO_FILE,
+    UNKNOWN,
+    BlockChecksums,
+    CheckpointIndex,
+    Chunks,
+    Container,
+    Payloads,
+)
 from shardpoint.planning.save import group_rows
 
 __all__ = ["Written", "attach_storage"]
@@ -43,6 +51,8 @@ class Written:
     record_checksum
         ``int64[n]``: CRC-32 of each record's bytes in the file, or `UNKNOWN`; None where no row
         has one.
+    container
+        ``uint8[n]``: a `Container` for each row; None where all are torch.save records.
     """
 
     keys: Sequence[str]
@@ -56,6 +66,7 @@ class Written:
     payloads: Payloads | None = None
     blocks: BlockChecksums | None = None
     record_checksum: Int64Array | None = None
+    container: npt.NDArray[np.uint8] | None = None
 
 
 def attach_storage(index: CheckpointIndex, written: Written) -> CheckpointIndex:
@@ -86,6 +97,11 @@ def attach_storage(index: CheckpointIndex, written: Written) -> CheckpointIndex:
             payloads=_picked_payloads(written.payloads, chunk_rows, index.chunks.offsets.shape[1]),
             blocks=_picked_blocks(written.blocks, chunk_rows),
             record_checksum=_picked_checksums(written.record_checksum, chunk_rows),
+            container=(
+                index.chunks.container
+                if written.container is None
+                else _picked(written.container, chunk_rows, Container.TORCH_RECORD)
+            ),
         ),
         objects=replace(
             index.objects,
