@@ -318,7 +318,7 @@ def test_registry_finds_extensions_as_torchs_does() -> None:
 
 
 def test_failing_extension_names_the_entry(tmp_path: Path) -> None:
-    _save(dcp, tmp_path, CHAINS["gzip"])
+    _save(torch_dcp, tmp_path, CHAINS["gzip"])  # which has no index with checksums
     checkpoint = shardpoint.open(tmp_path)
     for file in tmp_path.glob("*.distcp"):
         file.write_bytes(file.read_bytes().replace(b"\x1f\x8b", b"PK"))
