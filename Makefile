@@ -72,6 +72,7 @@ test-core: $(CORE_READY)
 	$(CORE)/bin/python -m pytest -p no:cacheprovider $(CORE_TESTS)
 
 bench: $(READY)
+	@$(BIN)/python -c 'import torch_checkpointing' 2>/dev/null || $(BIN)/python $(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
 
 fuzz: $(READY)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Measurement", "evict", "measure"]
+__all__ = ["Measurement", "evict", "measure", "scaled"]
 
 _PROCESS = Path("/proc/self")
 
@@ -68,6 +68,16 @@ def measure(
         None if peak is None or resident is None else max(0, peak - resident),
         None if read is None or read_after is None else read_after - read,
         needed_bytes,
+    )
+
+
+def scaled(measured: Measurement, factor: float) -> Measurement:
+    """Return what something `factor` times as large would take if it grew in proportion."""
+    return Measurement(
+        measured.seconds * factor,
+        measured.processor_seconds * factor,
+        None if measured.peak_bytes is None else int(measured.peak_bytes * factor),
+        None,
     )
 
 

@@ -11,7 +11,7 @@ import shutil
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from cases import Job, all_cases
 from measuring import Measurement
 from settings import Settings
 
-__all__ = ["TurnError", "prepare", "run_turn"]
+__all__ = ["Listed", "TurnError", "prepare", "run_turn"]
 
 _LIMIT_SECONDS = 900
 _context = multiprocessing.get_context("forkserver")
@@ -27,8 +27,10 @@ _context.set_forkserver_preload(
     [
         "torch.distributed.checkpoint",
         "torch.distributed.tensor",
+        "torch.distributed.fsdp",
         "safetensors.torch",
         "shardpoint.dcp",
+        "torch_checkpointing.checkpoint_manager",
     ]
 )
 
@@ -39,8 +41,21 @@ class TurnError(Exception):
     """A turn failed, or what it loaded was wrong."""
 
 
-def list_cases() -> list[tuple[str, str, tuple[str, ...], bool, int]]:
-    """Return name, title, contenders, whether it is prepared, and processes, of each case."""
+@dataclass(frozen=True)
+class Listed:
+    """What is known of a case without importing torch; see `Case`."""
+
+    name: str
+    title: str
+    contenders: tuple[str, ...]
+    is_prepared: bool
+    world_size: int
+    prepare_world_size: int
+    most_rounds: int | None
+
+
+def list_cases() -> list[Listed]:
+    """Return all cases, in order."""
     receiver, sender = _context.Pipe(duplex=False)
     process = _context.Process(target=_send_cases, args=(sender,))
     process.start()
@@ -54,16 +69,25 @@ def _send_cases(connection: Connection) -> None:
     warnings.simplefilter("ignore")
     connection.send(
         [
-            (case.name, case.title, case.contenders, case.prepare is not None, case.world_size)
+            Listed(
+                case.name,
+                case.title,
+                case.contenders,
+                case.prepare is not None,
+                case.world_size,
+                case.prepare_world_size,
+                case.most_rounds,
+            )
             for case in all_cases().values()
         ]
     )
 
 
-def prepare(case: str, settings: Settings, folder: Path) -> None:
-    """Make what the turns of a case read."""
+def prepare(case: str, settings: Settings, folder: Path, world_size: int) -> None:
+    """Make what the turns of a case read, in as many processes as the case says."""
     folder.mkdir(parents=True)
-    _run_all(_prepare, [(case, settings, folder)])
+    jobs = [Job("", settings, folder, folder, rank, world_size) for rank in range(world_size)]
+    _run_all(_prepare, [(case, job) for job in jobs])
 
 
 def run_turn(case: str, job: Job) -> dict[str, Measurement]:
@@ -103,7 +127,7 @@ def _run_all(
     processes, connections = [], []
     for given in arguments:
         receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_guarded, args=(sender, target, *given), daemon=True)
+        process = _context.Process(target=_guarded, args=(sender, target, *given))
         process.start()
         sender.close()
         processes.append(process)
@@ -138,10 +162,10 @@ def _guarded(connection: Connection, target: object, *arguments: object) -> None
     connection.send(outcome)
 
 
-def _prepare(case: str, settings: Settings, folder: Path) -> dict[str, Measurement]:
+def _prepare(case: str, job: Job) -> dict[str, Measurement]:
     make = all_cases()[case].prepare
     if make is not None:
-        make(settings, folder)
+        make(job)
     return {}
 
 

@@ -24,11 +24,11 @@ from typing import Any
 
 from cases import Job
 from measuring import Measurement
-from processes import TurnError, list_cases, prepare, run_turn
+from processes import Listed, TurnError, list_cases, prepare, run_turn
 from settings import Settings
 from table import Rows, render, summarize
 
-_OTHER_LIBRARIES = ("torch", "safetensors", "numpy")
+_OTHER_LIBRARIES = ("torch", "torch_checkpointing", "safetensors", "numpy")
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
     settings = Settings(
         size_mb=options.size_mb,
         small=options.small,
-        ranks=options.ranks,
+        llama_mb=options.llama_mb,
         tensors=options.tensors,
         cold=options.cold,
     )
@@ -48,9 +48,9 @@ def main() -> int:
     try:
         for case in _chosen(options.cases):
             try:
-                operations += _run_case(case, settings, options.rounds, place / case[0])
+                operations += _run_case(case, settings, options.rounds, place / case.name)
             except TurnError as error:
-                failures.append(f"case {case[0]}: {error}")
+                failures.append(f"case {case.name}: {error}")
     finally:
         shutil.rmtree(place, ignore_errors=True)
     _show(options, settings, operations, time.perf_counter() - started)
@@ -62,9 +62,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--size-mb", type=int, default=256, help="MiB of large tensors")
-    parser.add_argument("--small", type=int, default=2000, help="4 KiB tensors, and scalars")
-    parser.add_argument("--ranks", type=int, default=64, help="of the synthetic checkpoint")
-    parser.add_argument("--tensors", type=int, default=1000, help="of the synthetic checkpoint")
+    parser.add_argument("--small", type=int, default=20000, help="4 KiB tensors, and scalars")
+    parser.add_argument("--llama-mb", type=int, default=384, help="MiB of model and optimizer")
+    parser.add_argument("--tensors", type=int, default=1000, help="of the synthetic checkpoints")
     parser.add_argument("--cases", default="", help="names, with commas; all by default")
     parser.add_argument("--cold", action="store_true", help="read files out of the page cache")
     parser.add_argument("--folder", type=Path, help="where to write; the system's by default")
@@ -72,11 +72,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _chosen(names: str) -> list[tuple[str, str, tuple[str, ...], bool, int]]:
+def _chosen(names: str) -> list[Listed]:
     cases = list_cases()
     if not names:
         return cases
-    known = {case[0]: case for case in cases}
+    known = {case.name: case for case in cases}
     wanted = names.split(",")
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -84,30 +84,25 @@ def _chosen(names: str) -> list[tuple[str, str, tuple[str, ...], bool, int]]:
     return [known[name] for name in wanted]
 
 
-def _run_case(
-    case: tuple[str, str, tuple[str, ...], bool, int],
-    settings: Settings,
-    rounds: int,
-    place: Path,
-) -> list[Rows]:
-    name, title, contenders, is_prepared, world_size = case
+def _run_case(case: Listed, settings: Settings, rounds: int, place: Path) -> list[Rows]:
+    name, contenders = case.name, case.contenders
     print(f"{name} ...", end="", file=sys.stderr, flush=True)
     started = time.perf_counter()
     results: dict[str, dict[str, list[Measurement]]] = {}
-    if is_prepared:
-        prepare(name, settings, place / "prepared")
-    for number in range(rounds):
+    if case.is_prepared:
+        prepare(name, settings, place / "prepared", case.prepare_world_size)
+    for number in range(min(rounds, case.most_rounds or rounds)):
         # Each round begins with another contender, so that none is always the first.
         shift = number % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
             folder = place / f"{number}-{contender.replace(' ', '-')}"
-            job = Job(contender, settings, folder, place / "prepared", 0, world_size)
+            job = Job(contender, settings, folder, place / "prepared", 0, case.world_size)
             for operation, measured in run_turn(name, job).items():
                 results.setdefault(operation, {}).setdefault(contender, []).append(measured)
     shutil.rmtree(place, ignore_errors=True)
     print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return [
-        summarize(f"{title}: {operation}", {c: found[c] for c in contenders})
+        summarize(f"{case.title}: {operation}", {c: found[c] for c in contenders if c in found})
         for operation, found in results.items()
     ]
 

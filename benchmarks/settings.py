@@ -17,14 +17,16 @@ class Settings:
         MiB of tensors in the cases of large tensors.
     small
         Tensors of 4 KiB, and as many scalars, in the cases of small values.
-    ranks, tensors
-        Of the synthetic checkpoint whose metadata is opened and planned.
+    llama_mb
+        MiB of model and optimizer in the case of a Llama-shaped model.
+    tensors
+        Of the synthetic checkpoints of many ranks, whose metadata is opened and planned.
     cold
         Ask the kernel to drop the files' pages before they are read.
     """
 
     size_mb: int
     small: int
-    ranks: int
+    llama_mb: int
     tensors: int
     cold: bool

@@ -81,4 +81,4 @@ def check_equal(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

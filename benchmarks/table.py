@@ -11,7 +11,7 @@ from measuring import Measurement
 
 __all__ = ["Row", "Rows", "render"]
 
-_REFERENCE = "torch"
+_REFERENCES = ("torch", "torch, extrapolated")
 _LIMIT = "raw"
 
 
@@ -59,7 +59,8 @@ class Rows:
 
 def summarize(title: str, results: dict[str, list[Measurement]]) -> Rows:
     """Return the rows of an operation from each contender's rounds."""
-    reference, limit = results.get(_REFERENCE), results.get(_LIMIT)
+    reference = next((results[name] for name in _REFERENCES if name in results), None)
+    limit = results.get(_LIMIT)
     rows = []
     for contender, rounds in results.items():
         rows.append(

@@ -12,7 +12,19 @@ from settings import Settings
 
 __all__ = ["Case", "Job", "all_cases"]
 
-_MODULES = ("large", "small", "slices", "one_key", "opening", "planning")
+_MODULES = (
+    "large",
+    "small",
+    "llama",
+    "slices",
+    "reshard",
+    "one_key",
+    "opening",
+    "metadata",
+    "planning",
+    "compressed",
+    "asynchronous",
+)
 
 
 @dataclass(frozen=True)
@@ -55,17 +67,21 @@ class Case:
         Does a turn; returns a measurement by operation. Raises if anything that was loaded
         or planned is not what it should be.
     prepare
-        Makes what all turns read, in a process of its own.
-    world_size
-        Processes of a turn.
+        Makes what all turns read, in processes of its own; gets a job without a contender.
+    world_size, prepare_world_size
+        Processes of a turn, and of `prepare`.
+    most_rounds
+        For cases that take long: no more rounds than that. None is as many as are asked for.
     """
 
     name: str
     title: str
     contenders: tuple[str, ...]
     run: Callable[[Job], dict[str, Measurement]]
-    prepare: Callable[[Settings, Path], None] | None = None
+    prepare: Callable[[Job], None] | None = None
     world_size: int = 1
+    prepare_world_size: int = 1
+    most_rounds: int | None = None
 
 
 def all_cases() -> dict[str, Case]:

@@ -26,12 +26,12 @@ def _states(settings: Settings) -> tuple[dict[str, torch.Tensor], dict[str, floa
     return {**tensors, **more}, scalars, wanted
 
 
-def _prepare(settings: Settings, folder: Path) -> None:
-    tensors, scalars, _ = _states(settings)
+def _prepare(job: Job) -> None:
+    tensors, scalars, _ = _states(job.settings)
     for contender in LIBRARIES:
-        save(contender, {**tensors, **scalars}, folder / contender, sync=False)
+        save(contender, {**tensors, **scalars}, job.folder / contender, sync=False)
     for contender in ("safetensors", "raw"):
-        save(contender, tensors, folder / contender, sync=False)
+        save(contender, tensors, job.folder / contender, sync=False)
 
 
 def _run(job: Job) -> dict[str, Measurement]:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from contenders import LIBRARIES, load, save, warm_up
 from measuring import Measurement, evict, measure
-from settings import Settings
 from states import buffer_of, check_equal, large, tensor_bytes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -30,11 +29,11 @@ _PART = 3
 _CONTENDERS = ("torch", "shardpoint", "safetensors", "raw")
 
 
-def _prepare(settings: Settings, folder: Path) -> None:
+def _prepare(job: Job) -> None:
     """Let each contender write what it will read."""
-    state = large(settings.size_mb)
+    state = large(job.settings.size_mb)
     for contender in _CONTENDERS:
-        save(contender, state, folder / contender, sync=False)
+        save(contender, state, job.folder / contender, sync=False)
 
 
 def _run(job: Job, *, axis: int) -> dict[str, Measurement]:
