@@ -11,6 +11,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardpoint.dcp.stateful import Stateful
+from shardpoint.engine.collector import collection_paused
 from shardpoint.errors import PlanError
 from shardpoint.tree import Path, Rules, flatten
 
@@ -24,6 +25,7 @@ _NEVER_STATEFUL = frozenset(
 )
 
 
+@collection_paused()
 def flatten_state(
     state_dict: Mapping[str, Any], rules: Rules = "2.4"
 ) -> tuple[dict[str, Any], dict[str, Path]]:

@@ -21,6 +21,7 @@ from shardpoint.dcp.metadata import (
 )
 from shardpoint.dcp.planner import TensorWriteData, WriteItem, WriteItemType
 from shardpoint.dtypes import BY_CODE
+from shardpoint.engine.collector import collection_paused
 from shardpoint.errors import NotSupportedError, PlanError, Problem
 from shardpoint.planning.save import OBJECT, SHARD, TENSOR, WriteColumns
 
@@ -125,6 +126,7 @@ class _Rows:
         )
 
 
+@collection_paused()
 def describe_state(state_dict: dict[str, Any]) -> WriteTable:
     """Return what this rank would write of a flat state dict, one row a chunk or object.
 

@@ -16,6 +16,7 @@ from shardpoint.dcp._objects import object_pickle
 from shardpoint.dcp._records import record_of, uses_default_lookup
 from shardpoint.dcp._tensors import dense_strides, dtype_of
 from shardpoint.dcp.planner import SavePlanner, WriteItem
+from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.writing import AnyRecord, FormedRecord, RecordSource
 from shardpoint.errors import ShardpointError
 from shardpoint.formats.record_form import RecordForm
@@ -46,6 +47,7 @@ class PreparedRecords:
     strides: Int64Array
 
 
+@collection_paused()
 def prepare_records(
     items: Sequence[WriteItem], columns: WriteColumns, planner: SavePlanner
 ) -> PreparedRecords:

@@ -37,6 +37,7 @@ from shardpoint.dcp.planner import (
 from shardpoint.dcp.staging import BlockingAsyncStager
 from shardpoint.dcp.storage import StorageReader, StorageWriter, WriteResult
 from shardpoint.engine import committing
+from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.executor import default_threads
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ReadStatistics
@@ -293,14 +294,15 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
 
     def _commit(self, index: CheckpointIndex) -> set[str]:
         """Write index and metadata; return the files that make up the checkpoint."""
-        encoded = write_metadata(index)
         kept = set(index.files)
         native = None
-        if self.use_collectives:
-            try:
-                native = committing.index_for(index, encoded)
-            except FormatError as error:  # the metadata says it all; only the checksums are lost
-                logger.warning("%s: saved without an index: %s", self.path, error)
+        with collection_paused():
+            encoded = write_metadata(index)
+            if self.use_collectives:
+                try:
+                    native = committing.index_for(index, encoded)
+                except FormatError as error:  # the metadata says it all but for the checksums
+                    logger.warning("%s: saved without an index: %s", self.path, error)
         if native is not None:
             kept.add(native[0])
             self._written.append(native[0])

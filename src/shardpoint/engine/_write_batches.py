@@ -58,8 +58,8 @@ def write_batch(
     formed: list[int] = []
     for row, record in enumerate(records, first):
         if type(record) is FormedRecord:
-            form, payload, _ = record
-            pieces += (form.head, payload, form.template)
+            form = record[0]
+            pieces += (form.head, record[1], form.template)
             forms.append(form)
             formed.append(row)
         else:
@@ -89,8 +89,10 @@ def _finish(
     view = memoryview(data)
     crcs = np.array(
         crc32_of_each(
-            view[begin:end]
-            for begin, end in zip(begins.tolist(), (begins + lengths).tolist(), strict=True)
+            [
+                view[begin:end]
+                for begin, end in zip(begins.tolist(), (begins + lengths).tolist(), strict=True)
+            ]
         ),
         np.uint32,
     )

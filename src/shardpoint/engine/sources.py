@@ -58,7 +58,7 @@ def no_tail(checksum: int) -> bytes:
     return b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RecordSource:
     """One record of a file: bytes before the payload, the payload, bytes after it.
 

@@ -222,18 +222,30 @@ class _FileWriter:
 
 def _planned(name: str, records: Sequence[AnyRecord]) -> WrittenRecords | None:
     """Return where the records will be; None where not all of their lengths are known."""
-    rows = []
+    numbers: dict[object, int] = {}
+    rows: list[tuple[int, int, int]] = []
+    taken = []
     for record in records:
-        if type(record) is FormedRecord:
-            form = record.form
-            rows.append((len(form.head), form.payload_length, form.length))
-            continue
-        assert isinstance(record, RecordSource)
-        if record.length is None:
-            return None
-        rows.append((len(record.head), _payload_length(name, record), record.length))
-    table = np.array(rows, np.int64).reshape(-1, 3).T.copy()
+        shape = record.form if type(record) is FormedRecord else record
+        number = numbers.get(shape)
+        if number is None:
+            row = _lengths(name, record)
+            if row is None:
+                return None
+            number = numbers[shape] = len(rows)
+            rows.append(row)
+        taken.append(number)
+    table = np.array(rows, np.int64).reshape(-1, 3)[np.array(taken, np.int64)].T.copy()
     return WrittenRecords.planned(table[0], table[1], table[2])
+
+
+def _lengths(name: str, record: AnyRecord) -> tuple[int, int, int] | None:
+    """Return the bytes before the payload, of it, and of the record; None if not known."""
+    if isinstance(record, FormedRecord):
+        return len(record.form.head), record.form.payload_length, record.form.length
+    if record.length is None:
+        return None
+    return len(record.head), _payload_length(name, record), record.length
 
 
 def _payload_length(name: str, record: RecordSource) -> int:
