@@ -69,7 +69,9 @@ def test_metadata_is_what_torch_writes(
     assert set(ours.storage_data) == set(theirs.storage_data)
     for item, wanted in theirs.storage_data.items():
         assert type(ours.storage_data[item]) is type(wanted)
-        assert ours.storage_data[item].length == wanted.length
+        # The payloads of large records are aligned in their file, by up to 63 bytes of padding.
+        padding = ours.storage_data[item].length - wanted.length
+        assert 0 <= padding < (64 if wanted.length > 256 << 10 else 1)
     assert ours.version == theirs.version
     assert vars(ours.storage_meta).keys() == vars(theirs.storage_meta).keys()
     assert type(ours.storage_meta.checkpoint_id) is type(theirs.storage_meta.checkpoint_id)

@@ -30,6 +30,7 @@ from shardpoint.engine.sources import (
 )
 from shardpoint.engine.written import WrittenRecords
 from shardpoint.errors import PlanError, ShardpointError
+from shardpoint.formats.payload_shift import aligned_form
 from shardpoint.storage import Storage, WritableFile
 
 __all__ = [
@@ -125,6 +126,7 @@ class _FileWriter:
     def tasks(self) -> Iterator[_Task]:
         """Yield what is to be done for the file; `result` is complete when it is done."""
         self._unfinished = 1
+        self.records = _aligned(self.records)
         written = _planned(self.name, self.records)
         if written is None:
             yield self._counted(self._write_streams)
@@ -218,6 +220,26 @@ class _FileWriter:
             file.sync()
         file.close()
         self._file = None
+
+
+def _aligned(records: Sequence[AnyRecord]) -> Sequence[AnyRecord]:
+    """Bring the payloads of large records to places that are fast to write and to read."""
+    if not any(type(record) is FormedRecord and record.form.length > _SMALL for record in records):
+        return records
+    result = list(records)
+    offset = 0
+    for row, record in enumerate(records):
+        if type(record) is FormedRecord:
+            if record.form.length > _SMALL:
+                record = record._replace(form=aligned_form(record.form, offset))
+                result[row] = record
+            offset += record.form.length
+        else:
+            assert isinstance(record, RecordSource)
+            if record.length is None:
+                return records
+            offset += record.length
+    return result
 
 
 def _planned(name: str, records: Sequence[AnyRecord]) -> WrittenRecords | None:
