@@ -313,7 +313,7 @@ def test_what_cannot_be_opened_gives_one_line_and_2(
 def test_an_error_of_many_lines_becomes_one(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def refuse(path: str) -> None:
+    def refuse(path: str, **options: object) -> None:
         raise shardpoint.PlanError("wrong\x1b[2J", [shardpoint.Problem("first"), problem])
 
     problem = shardpoint.Problem("second", key="a.b")

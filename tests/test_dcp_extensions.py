@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import _extension as theirs
 
 import shardpoint
 import shardpoint.dcp as dcp
+from shardpoint.cli import main as cli
 from shardpoint.dcp import extension as ours
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.engine.opening import open_index
@@ -41,6 +42,9 @@ KEY = bytes(range(16))
 State: TypeAlias = dict[str, Any]
 
 
+_XOR = bytes(byte ^ 7 for byte in range(256))
+
+
 class _XorOut(io.RawIOBase):
     def __init__(self, output: IO[bytes]) -> None:
         self._output = output
@@ -49,7 +53,7 @@ class _XorOut(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        return self._output.write(bytes(byte ^ 7 for byte in bytes(data)))
+        return self._output.write(bytes(data).translate(_XOR))
 
     def close(self) -> None:
         if not self.closed:
@@ -76,7 +80,7 @@ class Xor(theirs.StreamTransformExtension):
         return cast("IO[bytes]", _XorOut(output))
 
     def transform_from(self, input: IO[bytes]) -> IO[bytes]:
-        return io.BytesIO(bytes(byte ^ 7 for byte in input.read()))
+        return io.BytesIO(input.read().translate(_XOR))
 
 
 class Gzip(ours.StreamTransformExtension):
@@ -370,7 +374,7 @@ class Rot13:
     def undo(
         self, stored: RecordBytes, version: str, *, most: int, origin: Origin, tally: Tally | None
     ) -> RecordBytes:
-        return MemoryRecord(bytes(byte ^ 7 for byte in read_at(stored, 0, stored.size)))
+        return MemoryRecord(read_at(stored, 0, stored.size).translate(_XOR))
 
 
 def test_open_takes_a_programs_own_transforms(tmp_path: Path) -> None:
@@ -417,3 +421,32 @@ def test_compression_of_weights_pays(tmp_path: Path) -> None:
     _save(dcp, tmp_path, [ours.ShuffleZstd()])
     (chunk,) = [chunk for chunk in _chunks(tmp_path) if chunk.record_length > 100_000]
     assert chunk.record_length < 0.75 * _state()["w"].nbytes
+
+
+def test_key_of_a_file_opens_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, key = tmp_path / "checkpoint", tmp_path / "key"
+    _save(dcp, place, CHAINS["encrypted shuffled"])
+    assert cli(["verify", str(place), "--json"]) == 1
+    for content in (KEY, KEY.hex().encode() + b"\n"):
+        key.write_bytes(content)
+        assert cli(["verify", str(place), "--json", "--key-file", str(key)]) == 0
+    assert cli(["info", str(place), "w", "--json", "--key-file", str(key)]) == 0
+    assert "stream.aes-gcm@shardpoint/1" in capsys.readouterr().out
+    key.write_bytes(b"short")
+    assert cli(["verify", str(place), "--json", "--key-file", str(key)]) == 2
+    assert "16, 24 or 32 bytes" in capsys.readouterr().err
+
+
+def test_extensions_can_be_sent_to_another_process() -> None:
+    """As an asynchronous save in a process of its own does."""
+    data = bytes(range(256)) * 100
+    for extension in (ours.AesGcm(KEY, key_id="one"), ours.ShuffleZstd(level=3)):
+        copied = pickle.loads(pickle.dumps(extension))
+        output = _Kept()
+        stream = copied.transform_to(cast("IO[bytes]", output))
+        stream.write(data)
+        stream.close()
+        assert extension.transform_from(io.BytesIO(output.getvalue())).read() == data
+        assert copied.get_descriptor() == extension.get_descriptor()

@@ -255,6 +255,8 @@ def test_key_is_found_by_its_id(length: int) -> None:
     for encrypted in stored.values():
         record = _open([reader], encrypted, added=[reader])
         assert bytes(read_at(record, 0, record.size)) == data
+    with pytest.raises(NotSupportedError, match=r"layer\.weight.*no key of id '2025': KeyError"):
+        _open([reader], stored["2025"], added=[AesGcm({}.__getitem__)])
 
 
 def test_unfit_arguments_are_refused() -> None:

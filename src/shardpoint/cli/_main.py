@@ -20,6 +20,7 @@ from shardpoint.cli._json import JsonOutput
 from shardpoint.cli._output import Output
 from shardpoint.cli._text import one_line
 from shardpoint.errors import ShardpointError
+from shardpoint.transforms import AesGcm
 
 __all__ = ["main"]
 
@@ -29,6 +30,7 @@ _FAILED = 2
 _INTERRUPTED = 130  # what shells give for a command that the user stopped
 _READER_GONE = 141  # and for one whose reader went away, such as `head`
 
+_MOST_KEY_BYTES = 1 << 10
 _EXIT_CODES = "exit code: 0 fine, 1 something is wrong with it, 2 it cannot be opened"
 
 
@@ -88,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("path", metavar="PATH", help="a checkpoint: a folder or a file")
     shared.add_argument("--json", action="store_true", help="write JSON")
+    shared.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help="the key of an encrypted checkpoint: 16, 24 or 32 bytes, or their hexadecimal digits",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     listing = commands.add_parser("ls", parents=[shared], help="list the keys")
@@ -110,8 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read_key(name: str) -> bytes:
+    """Return a key that lies in a file, as it is or as hexadecimal digits."""
+    with open(name, "rb") as file:
+        key = file.read(_MOST_KEY_BYTES)
+    try:
+        return bytes.fromhex(key.decode("ascii"))
+    except ValueError:
+        return key
+
+
 def _run(options: argparse.Namespace, output: Output) -> int:
-    with open_checkpoint(options.path) as checkpoint:
+    transforms = [] if options.key_file is None else [AesGcm(_read_key(options.key_file))]
+    with open_checkpoint(options.path, transforms=transforms) as checkpoint:
         if options.command == "ls":
             output.listing(gather_listing(checkpoint, options.path, options.prefix))
             return _FINE

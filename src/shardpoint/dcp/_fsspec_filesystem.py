@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardpoint.dcp._extensions import Registry
 from shardpoint.dcp._file_system import FileSystemBase
 from shardpoint.dcp.filesystem import FileSystemReader, FileSystemWriter, SerializationFormat
 from shardpoint.errors import PlanError, ShardpointError
@@ -150,12 +151,20 @@ class FsspecReader(FileSystemReader):
     ----------
     path
         A URL or a local path.
+    _extension_registry
+        As of `FileSystemReader`.
     **kwargs
         For fsspec's file system.
     """
 
-    def __init__(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
-        super().__init__(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        _extension_registry: Registry | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path, _extension_registry)
         self.fs = FileSystem(**kwargs)
         self.path = self.fs.init_path(path)
 

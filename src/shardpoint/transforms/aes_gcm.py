@@ -145,7 +145,7 @@ class AesGcm:
             raise origin.not_supported(f"{self.descriptor}: install shardpoint[crypto] to read it")
         table = read_table(stored, most=most, origin=origin)
         key_id, salt, check = _parse_header(table.header, origin)
-        keys = ciphers.derive(self._find_key(key_id), salt, self._context)
+        keys = ciphers.derive(self._key_of(key_id, origin), salt, self._context)
         if not hmac.compare_digest(keys.check, check):
             raise origin.corrupt(
                 f"the key or the context is not the one that this was encrypted with (key id "
@@ -163,6 +163,16 @@ class AesGcm:
             origin=origin,
             tally=tally,
         )
+
+    def _key_of(self, key_id: str, origin: Origin) -> bytes:
+        """Return the key that a record names; what the caller's function raises is the reason."""
+        try:
+            return self._find_key(key_id)
+        except Exception as error:
+            raise origin.not_supported(
+                f"it is encrypted and there is no key of id {key_id!r}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _find_key(self, key_id: str) -> bytes:
         if not callable(self._key):
