@@ -113,7 +113,7 @@ def failing_write(folder: str, form: str, bad_rank: int, ask: bool) -> list[str]
         planner: Any = FailingPlanner()
     else:
         planner = dcp.DefaultSavePlanner()
-    state = {"x": torch.ones(3) * dist.get_rank()}
+    state = {f"x{dist.get_rank()}": torch.ones(3)}
     future = dcp.async_save(
         state, checkpoint_id=place, planner=planner, async_checkpointer_type=kind
     )
@@ -123,8 +123,9 @@ def failing_write(folder: str, form: str, bad_rank: int, ask: bool) -> list[str]
         dcp.async_save(state, checkpoint_id=f"{folder}/good").result()
 
     found = [first, caught(again), caught(again)]
-    target = {"x": torch.zeros(3)}
+    target = {"x0": torch.zeros(3), "x1": torch.zeros(3)}
     dcp.load(target, checkpoint_id=f"{folder}/good")
+    assert all(tensor.sum() == 3 for tensor in target.values())
     assert not (place / ".metadata").exists()
     return found
 
@@ -146,7 +147,7 @@ class DyingPlanner(dcp.DefaultSavePlanner):
 def dying_process(folder: str, bad_rank: int) -> list[str]:
     """The saving process of one rank is killed: what the future raises; the next one works."""
     planner = DyingPlanner() if dist.get_rank() == bad_rank else dcp.DefaultSavePlanner()
-    state = {"x": torch.ones(3) * dist.get_rank()}
+    state = {f"x{dist.get_rank()}": torch.ones(3)}
     future = dcp.async_save(
         state, checkpoint_id=f"{folder}/bad", planner=planner, async_checkpointer_type=PROCESS
     )
@@ -196,9 +197,9 @@ def group_destroyed(folder: str) -> None:
     hold = threading.Event()
     create = LocalStorage.create
 
-    def late(*arguments: Any) -> Any:
+    def late(*arguments: Any, **keywords: Any) -> Any:
         hold.wait(60)
-        return create(*arguments)
+        return create(*arguments, **keywords)
 
     with patch.object(LocalStorage, "create", late):
         future = dcp.async_save({"x": torch.arange(4.0)}, checkpoint_id=folder)

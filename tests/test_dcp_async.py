@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +20,12 @@ from hypothesis import strategies as st
 
 import async_jobs
 import shardpoint.dcp as dcp
+from async_jobs import PROCESS
 from dcp_states import KINDS, values
 from ranks import RankPool
-from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType
+from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from shardpoint.errors import PlanError
+from shardpoint.storage.local import LocalStorage
 
 FORMS = [form.value for form in AsyncCheckpointerType]
 FOUR_RANK_CASES = [(kind, form, "default") for kind in KINDS for form in FORMS] + [
@@ -42,12 +53,12 @@ def states(draw: st.DrawFn) -> dict[str, Any]:
     for number in range(draw(st.integers(1, 6))):
         source = draw(st.sampled_from(["base", "own", "int", "odd"]))
         if source == "own":
-            whole = values(f"own {number}", 40)
+            whole = values(f"own {number}", 48)
         elif source == "int":
-            whole = base.view(torch.int16)[:80]
+            whole = base.view(torch.int16)[3:90]
         elif source == "odd":
             data = torch.arange(200, dtype=torch.uint8).clone()
-            whole = torch.frombuffer(data.numpy(), dtype=torch.float32, offset=1, count=40)
+            whole = torch.frombuffer(data.numpy(), dtype=torch.float32, offset=1, count=48)
         else:
             whole = base
         offset = draw(st.integers(0, 20))
@@ -81,3 +92,321 @@ def test_any_state_is_saved_as_it_was_before_the_change(
 def _raw(folder: Path) -> list[bytes]:
     """The data files, which hold no names or times of the save."""
     return [path.read_bytes() for path in sorted(folder.glob("*.distcp"))]
+
+
+class Gate:
+    """Holds up the writing of files until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+
+    def __enter__(self) -> Gate:
+        create = LocalStorage.create
+
+        def late(*arguments: Any, **keywords: Any) -> Any:
+            self.reached.set()
+            assert self.opened.wait(60)
+            return create(*arguments, **keywords)
+
+        self._patch = patch.object(LocalStorage, "create", late)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.opened.set()
+        self._patch.stop()
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Run in a thread that is left to itself."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001
+            future.set_exception(error)
+
+    threading.Thread(target=run).start()
+    return future
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ask", [True, False], ids=["asked", "not asked"])
+def test_failure_is_told_by_the_future_and_else_by_the_next_save(
+    tmp_path: Path, pool: RankPool, form: str, ask: bool
+) -> None:
+    for first, second, third in pool.run(2, async_jobs.failing_write, str(tmp_path), form, 1, ask):
+        told = first if ask else second
+        assert "rank 1: Trouble: no data today" in told
+        if not ask:
+            assert "this save was not begun: the asynchronous save to" in told
+            assert str(tmp_path / "bad") in told
+        assert [first, second, third].count("") == 2
+
+
+def test_sync_save_tells_of_a_failed_asynchronous_one(tmp_path: Path) -> None:
+    planner = async_jobs.FailingPlanner()
+    dcp.async_save({"x": torch.ones(1)}, checkpoint_id=tmp_path / "a", planner=planner)
+    with pytest.raises(dcp.CheckpointException, match=r"asynchronous save to .* before it"):
+        dcp.save({"x": torch.ones(1)}, checkpoint_id=tmp_path / "b")
+    dcp.save({"x": torch.ones(1)}, checkpoint_id=tmp_path / "b")
+
+
+def test_killed_saving_process_is_named_on_every_rank_and_replaced(
+    tmp_path: Path, pool: RankPool
+) -> None:
+    for first, second in pool.run(2, async_jobs.dying_process, str(tmp_path), 1):
+        assert "save failed on rank 1" in first
+        assert "ended by signal 9 before the save was done" in first
+        assert second == ""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rank_that_cannot_copy_fails_the_save_of_all(
+    tmp_path: Path, pool: RankPool, form: str
+) -> None:
+    ok, bad = pool.run(2, async_jobs.failing_stage, str(tmp_path), form, 1)
+    assert bad.startswith("call: a ")
+    assert "Uncopyable cannot be copied" in bad
+    assert ok.startswith("future: ")
+    assert "rank 1: PlanError" in ok
+
+
+def test_training_may_use_the_group_during_a_save(tmp_path: Path, pool: RankPool) -> None:
+    assert pool.run(2, async_jobs.mixed_with_training, str(tmp_path), 3) == [120.0, 120.0]
+
+
+def test_save_ends_well_after_the_group_is_destroyed(tmp_path: Path, pool: RankPool) -> None:
+    pool.run(2, async_jobs.group_destroyed, str(tmp_path))
+    target = {"x": torch.zeros(4)}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert target["x"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hundred_saves_leave_nothing_behind(tmp_path: Path, pool: RankPool, form: str) -> None:
+    for files, threads, kilobytes in pool.run(2, async_jobs.residue, str(tmp_path), form, 100):
+        assert files <= 0
+        assert threads <= 0
+        assert kilobytes < 4096  # one copy of the state each would be 8 MB
+
+
+def test_second_save_waits_for_the_first(tmp_path: Path) -> None:
+    with Gate() as gate:
+        first = dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "1")
+        second = in_thread(
+            lambda: dcp.async_save({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "2")
+        )
+        sync = in_thread(lambda: dcp.save({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "3"))
+        assert gate.reached.wait(30)
+        time.sleep(0.05)
+        assert not first.done()
+        assert not second.done()
+        assert not sync.done()
+        gate.opened.set()
+        first.result()
+        second.result().result()
+        sync.result()
+    target = {"x": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=tmp_path / "1")
+    assert target["x"].tolist() == [1, 1]
+
+
+def test_load_waits_for_a_save_to_the_same_place_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "other")
+    with Gate() as gate:
+        dcp.async_save({"x": torch.full((2,), 5.0)}, checkpoint_id=tmp_path / "new")
+        target = {"x": torch.zeros(2)}
+        assert gate.reached.wait(30)
+        dcp.load(target, checkpoint_id=tmp_path / "other")
+        assert target["x"].tolist() == [1, 1]
+        load = in_thread(lambda: dcp.load(target, storage_reader=dcp.FileSystemReader("new")))
+        time.sleep(0.05)
+        assert not load.done()
+        gate.opened.set()
+        load.result()
+    assert target["x"].tolist() == [5, 5]
+
+
+def test_save_cannot_be_cancelled(tmp_path: Path) -> None:
+    with Gate() as gate:
+        future = dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+        assert not future.cancel()
+        gate.opened.set()
+        assert isinstance(future.result(), dcp.Metadata)
+
+
+def test_interrupted_copy_leaves_the_next_save_as_it_should_be(tmp_path: Path) -> None:
+    class Interrupting:
+        def state_dict(self) -> dict[str, Any]:
+            raise KeyboardInterrupt
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            raise NotImplementedError
+
+    with pytest.raises(KeyboardInterrupt):
+        dcp.async_save({"x": Interrupting()}, checkpoint_id=tmp_path)
+    assert isinstance(
+        dcp.async_save({"x": torch.ones(1)}, checkpoint_id=tmp_path).result(), dcp.Metadata
+    )
+
+
+def test_stateful_is_asked_before_the_call_returns(tmp_path: Path) -> None:
+    class Counter:
+        def __init__(self) -> None:
+            self.asked_by = ""
+            self.values = {"count": torch.ones(3)}
+
+        def state_dict(self) -> dict[str, Any]:
+            self.asked_by = threading.current_thread().name
+            return self.values
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.values = state_dict
+
+    counter = Counter()
+    future = dcp.async_save({"counter": counter}, checkpoint_id=tmp_path)
+    counter.values["count"].zero_()
+    assert counter.asked_by == threading.current_thread().name
+    future.result()
+    dcp.load({"counter": counter}, checkpoint_id=tmp_path)
+    assert counter.values["count"].tolist() == [1, 1, 1]
+
+
+class OldStager:
+    """A stager as programs write them: it inherits nothing of ours."""
+
+    _synchronize_after_execute = True
+
+    def __init__(self, as_future: bool) -> None:
+        self.as_future = as_future
+        self.calls: list[str] = []
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return self._synchronize_after_execute
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        self.calls.append("stage")
+        staged = {key: value.clone() for key, value in state_dict.items()}
+        if not self.as_future:
+            return staged
+        future: Future[Any] = Future()
+        future.set_result(staged)
+        return future
+
+    def synchronize_staging(self) -> None:
+        self.calls.append("synchronize")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize("form", AsyncCheckpointerType)
+@pytest.mark.parametrize("as_future", [False, True])
+def test_programs_own_stagers_are_used_as_by_torch(
+    tmp_path: Path, form: AsyncCheckpointerType, as_future: bool
+) -> None:
+    stager: Any = OldStager(as_future)
+    state = {"x": torch.ones(5)}
+    found = dcp.async_save(
+        state, checkpoint_id=tmp_path, async_stager=stager, async_checkpointer_type=form
+    )
+    state["x"].zero_()
+    if as_future:
+        assert isinstance(found, AsyncSaveResponse)
+        found.staging_completion.result()
+        found.upload_completion.result()
+    else:
+        found.result()
+    assert stager.calls == (["stage"] if as_future else ["stage", "synchronize"])
+    dcp.load(state, checkpoint_id=tmp_path)
+    assert state["x"].tolist() == [1] * 5
+
+
+def test_storage_writer_that_is_a_stager_stages(tmp_path: Path) -> None:
+    class Writer(dcp.FileSystemWriter):
+        def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return super().stage({**state_dict, "added": torch.ones(2)})
+
+    dcp.async_save({"x": torch.ones(2)}, storage_writer=Writer(tmp_path)).result()
+    target = {"added": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert target["added"].tolist() == [1, 1]
+
+
+def test_unknown_form_is_refused(tmp_path: Path) -> None:
+    form: Any = "thread"
+    with pytest.raises(PlanError, match="must be an AsyncCheckpointerType, not 'thread'"):
+        dcp.async_save({}, checkpoint_id=tmp_path, async_checkpointer_type=form)
+
+
+SCRIPT = """
+    import sys, torch
+    import shardpoint.dcp as dcp
+    from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType
+    from shardpoint.dcp import _async_process
+
+    class Planner(dcp.DefaultSavePlanner):
+        def lookup_object(self, index):
+            return super().lookup_object(index)
+
+    if __name__ == "__main__":
+        form = AsyncCheckpointerType(sys.argv[2])
+        state = {"x": torch.arange(300000.0)}
+        future = dcp.async_save(
+            state, checkpoint_id=sys.argv[1], planner=Planner(), async_checkpointer_type=form
+        )
+        state["x"].zero_()
+        if _async_process._process is not None:
+            print(_async_process._process._process.pid)
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_leaving_the_program_finishes_the_save_and_ends_its_process(
+    tmp_path: Path, form: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", script, tmp_path / "saved", form],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    target = {"x": torch.zeros(300000)}
+    dcp.load(target, checkpoint_id=tmp_path / "saved")
+    assert torch.equal(target["x"], torch.arange(300000.0))
+    if form == PROCESS.value:
+        assert not Path("/proc", done.stdout.strip()).exists()
+
+
+def test_killed_program_leaves_no_saving_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(SCRIPT)
+        + "    future.result()\n    import os\n    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-u", script, tmp_path / "saved", PROCESS.value],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -9
+    child = Path("/proc", done.stdout.strip())
+    for _ in range(600):
+        if not child.exists() or " Z " in (child / "stat").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the saving process is still there")

@@ -92,6 +92,7 @@ class _Process:
             "rank": coordinator.rank,
             "world_size": coordinator.world_size,
             "coordinator_rank": coordinator.coordinator_rank,
+            "group": getattr(getattr(coordinator, "group", None), "name", ""),
             "log_level": logging.getLogger("shardpoint").getEffectiveLevel(),
         }
         try:
@@ -204,6 +205,7 @@ class GuardedCoordinator:
         self._inner = inner
         self._is_over = inner.world_size == 1
         self._step = ""
+        self.group = getattr(inner, "group", None)
         self.rank = inner.rank
         self.world_size = inner.world_size
         self.coordinator_rank = inner.coordinator_rank

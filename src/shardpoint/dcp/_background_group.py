@@ -57,7 +57,8 @@ def background_coordinator(
 class _BackgroundGroup:
     """A gloo group that torch's list of groups does not hold."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, seconds: float) -> None:
+    def __init__(self, name: str, store: Any, rank: int, world_size: int, seconds: float) -> None:
+        self.name = name
         self.store = store
         self._gloo: Any = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=seconds))
 
@@ -80,7 +81,7 @@ def _make(group: dist.ProcessGroup) -> _BackgroundGroup:
     name = broadcast_result(outer, "background group", lambda: secrets.token_hex(8))
     store = distributed_c10d._world.pg_map[group][1]
     own = distributed_c10d.PrefixStore(f"shardpoint-background-{name}", store)
-    return _BackgroundGroup(own, outer.rank, outer.world_size, timeout_of(group))
+    return _BackgroundGroup(name, own, outer.rank, outer.world_size, timeout_of(group))
 
 
 class _BackgroundCoordinator(ProcessGroupCoordinator):

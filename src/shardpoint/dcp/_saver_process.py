@@ -92,11 +92,19 @@ def _save(channel: Channel, message: bytes, header: Mapping[str, Any]) -> tuple[
         return "failed", portable(error)
 
 
+class _Group:
+    """Stands for a process group of the other process."""
+
+
+_groups: dict[str, _Group] = {}
+
+
 class RelayedCoordinator:
     """Lets the other process speak to the ranks."""
 
     def __init__(self, channel: Channel, header: Mapping[str, Any]) -> None:
         self._channel = channel
+        self.group = _groups.setdefault(header["group"], _Group())  # its plans are kept
         self.rank: int = header["rank"]
         self.world_size: int = header["world_size"]
         self.coordinator_rank: int = header["coordinator_rank"]

@@ -161,6 +161,8 @@ def copy_tensors(
             copy = copy.view(shape)
             if row in dense:
                 copy.copy_(tensor, non_blocking=non_blocking)
+            elif copy.stride() != tensor.stride():  # of axes of one element
+                copy = copy.as_strided(shape, tensor.stride())
         else:
             if begin not in storages:
                 storages[begin] = _bytes_at(memory, begin, length).untyped_storage()
