@@ -33,6 +33,8 @@ class Measurement:
         What is read through a memory map does not count.
     needed_bytes
         Bytes of the values that were asked for; None where the case has no such number.
+    sent_bytes
+        Bytes that one rank exchanges with the others; None where nothing was counted.
     """
 
     seconds: float
@@ -40,6 +42,7 @@ class Measurement:
     peak_bytes: int | None
     read_bytes: int | None
     needed_bytes: int | None = None
+    sent_bytes: int | None = None
 
 
 def measure(

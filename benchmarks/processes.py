@@ -112,12 +112,14 @@ def _worst(results: Sequence[Measurement]) -> Measurement:
     peaks = [r.peak_bytes for r in results if r.peak_bytes is not None]
     read = [r.read_bytes for r in results if r.read_bytes is not None]
     needed = [r.needed_bytes for r in results if r.needed_bytes is not None]
+    sent = [r.sent_bytes for r in results if r.sent_bytes is not None]
     return Measurement(
         max(r.seconds for r in results),
         sum(r.processor_seconds for r in results),
         max(peaks) if peaks else None,
         sum(read) if read else None,
         sum(needed) if needed else None,
+        max(sent) if sent else None,
     )
 
 

@@ -32,6 +32,8 @@ class Row:
         Seconds of the raw limit through seconds of this; likewise.
     peak_bytes, read_ratio
         Medians: memory beyond the state, bytes read over bytes needed.
+    sent_bytes
+        Median of what one rank exchanges with the others, where that was counted.
     """
 
     contender: str
@@ -42,6 +44,7 @@ class Row:
     of_limit: float | None
     peak_bytes: float | None
     read_ratio: float | None
+    sent_bytes: float | None
     rounds: list[Measurement] = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def summarize(title: str, results: dict[str, list[Measurement]]) -> Rows:
                         if m.read_bytes is not None and m.needed_bytes
                     ]
                 ),
+                _median([m.sent_bytes for m in rounds]),
                 rounds,
             )
         )
@@ -108,6 +112,7 @@ def render(operations: Sequence[Rows]) -> str:
         "of raw",
         "peak MiB",
         "read/needed",
+        "sent bytes",
     ]
     lines = [header]
     for operation in operations:
@@ -123,6 +128,7 @@ def render(operations: Sequence[Rows]) -> str:
                     _number(row.of_limit, "{:.2f}"),
                     _number(row.peak_bytes, "{:,.1f}", 1 << 20),
                     _number(row.read_ratio, "{:.3f}"),
+                    _number(row.sent_bytes, "{:,.0f}"),
                 ]
             )
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -22,6 +22,7 @@ _MODULES = (
     "opening",
     "metadata",
     "planning",
+    "again",
     "compressed",
     "asynchronous",
 )
