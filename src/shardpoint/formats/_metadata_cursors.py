@@ -26,8 +26,11 @@ _BINGET, _LONG_BINGET = ord("h"), ord("j")
 _SHORT_TEXT, _TEXT = 0x8C, ord("X")
 _LONG1 = 0x8A
 _NONE, _MARK, _TUPLE, _EMPTY_TUPLE = ord("N"), ord("("), ord("t"), ord(")")
+_TRUE, _FALSE = 0x88, 0x89
 _FRAME_BYTES = 9
 _MOST_AXES = 16
+_NEWOBJ = 0x81
+_SEARCHED = 1 << 22  # bytes that are searched at once
 _PADDING = 1024  # zeros behind the pickle, so that nothing has to ask whether it has ended
 
 
@@ -74,7 +77,7 @@ class Bytes:
         Of the pickle.
     """
 
-    __slots__ = ("bytes", "size", "words")
+    __slots__ = ("_instances", "bytes", "size", "words")
 
     def __init__(self, data: bytes) -> None:
         self.size = len(data)
@@ -82,15 +85,29 @@ class Bytes:
         self.bytes[: self.size] = np.frombuffer(data, np.uint8)
         count = len(self.bytes) - 8
         self.words: _Words = np.ndarray((count,), "<u8", buffer=self.bytes.data, strides=(1,))
+        self._instances: Int64s | None = None
+
+    def instances(self) -> Int64s:
+        """Return all positions that look like the opcode NEWOBJ, ascending."""
+        if self._instances is None:
+            blocks = range(0, self.size, _SEARCHED)
+            self._instances = np.concatenate(
+                [np.flatnonzero(self.bytes[at : at + _SEARCHED] == _NEWOBJ) + at for at in blocks]
+            )
+        return self._instances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Texts:
-    """Texts: the bytes at `start`, or what memo slot `reference` holds where that is not -1."""
+    """Texts: the bytes at `start`, or what memo slot `reference` holds where that is not -1.
+
+    `slot` is the memo slot that it was put into, counted from the first of the row, or -1.
+    """
 
     start: Int64s
     length: Int64s
     reference: Int64s
+    slot: Int64s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,12 +115,13 @@ class Shapes:
     """Some ``torch.Size``.
 
     `numbers` is ``int64[n, D]``, of which `axes` count; where `reference` is not -1, it is
-    instead what that memo slot holds.
+    instead what that memo slot holds. `slot` is as in `Texts`.
     """
 
     numbers: Int64s
     axes: Int64s
     reference: Int64s
+    slot: Int64s
 
 
 class Cursors:
@@ -241,7 +259,26 @@ class Cursors:
             self.expect_memoize(~fetched)
         else:
             self.good &= fetched  # a text that nothing else uses is not expected
-        return Texts(start, length, np.where(fetched, number, -1))
+        return Texts(start, length, np.where(fetched, number, -1), self._last_slot(~fetched))
+
+    def _last_slot(self, made: _Bools) -> Int64s:
+        """Return the slot filled last, where a value was made; elsewhere -1."""
+        if not self.memoized:
+            return np.full(len(made), -1, np.int64)
+        return np.where(made, self.slots - 1, -1)
+
+    def at_text(self) -> _Bools:
+        """Return whether a text or a fetch comes next, without passing it."""
+        there: _Bools = _HEAD[self.next()] > 0
+        return there
+
+    def flags(self) -> _Bools:
+        """Pass a bool."""
+        opcode = self.next()
+        value: _Bools = opcode == _TRUE
+        self.good &= value | (opcode == _FALSE)
+        self.position = self.position + 1
+        return value
 
     def references(self) -> Int64s:
         """Pass a fetch, and give the slot."""
@@ -255,19 +292,20 @@ class Cursors:
         """Pass a ``torch.Size``: made here by the function in `size_slot`, or from the memo."""
         slot = self.references()
         reference = np.where(slot == size_slot, -1, slot)
-        rows = np.flatnonzero(reference < 0)
+        made = reference < 0
+        rows = np.flatnonzero(made)
         if len(rows) == len(reference):
             numbers, axes = self._numbers()
-            return Shapes(numbers, axes, reference)
+            return Shapes(numbers, axes, reference, self._last_slot(made))
         axes = np.zeros(len(reference), np.int64)
-        if not len(rows):
-            return Shapes(np.zeros((len(reference), 0), np.int64), axes, reference)
-        part = self.part(rows)
-        made, axes[rows] = part._numbers()
-        self.put(rows, part)
-        numbers = np.zeros((len(reference), made.shape[1]), np.int64)
-        numbers[rows] = made
-        return Shapes(numbers, axes, reference)
+        numbers = np.zeros((len(reference), 0), np.int64)
+        if len(rows):
+            part = self.part(rows)
+            found, axes[rows] = part._numbers()
+            self.put(rows, part)
+            numbers = np.zeros((len(reference), found.shape[1]), np.int64)
+            numbers[rows] = found
+        return Shapes(numbers, axes, reference, self._last_slot(made))
 
     def _numbers(self) -> tuple[Int64s, Int64s]:
         """Pass a tuple of ints, and the call with it."""

@@ -15,9 +15,9 @@ import numpy as np
 
 from shardpoint.formats._metadata_cursors import Int64s
 from shardpoint.formats._metadata_fields import Checker, MetadataFields, Place, TensorFields
+from shardpoint.formats._metadata_grammar import ChunkColumns, StorageColumns, TensorColumns
 from shardpoint.formats._metadata_records import MetadataRecord
-from shardpoint.formats._metadata_runs import MetadataRuns, Run
-from shardpoint.formats._metadata_tables import ChunkColumns, StorageColumns
+from shardpoint.formats._metadata_runs import RUN, MetadataRuns, Run
 from shardpoint.formats._metadata_values import TableValues
 from shardpoint.formats._pickle_opcodes import RunsRefused
 from shardpoint.index import NO_FILE
@@ -80,15 +80,31 @@ def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> Joine
     values = TableValues(runs.data, runs.tables, runs.memo)
     state, entries = checker.entries(record)
     tensors: list[TensorFields] = []
-    chunk_lists: list[list[Any]] = []
+    chunk_lists: list[list[Any] | Run] = []
     object_keys: list[str] = []
+    keys: dict[str, None] = {}
+    tensor_runs = 0
     for key, entry in entries.items():
+        if type(key) is Run:
+            if entry is not RUN:
+                raise RunsRefused
+            more = _run_tensors(values, key)
+            tensors.extend(more)
+            chunk_lists.extend([key] * len(more))
+            keys.update(dict.fromkeys(tensor.key for tensor in more))
+            tensor_runs += 1
+            continue
+        if key in keys:
+            raise RunsRefused
+        keys[key] = None
         if checker.is_object(key, entry):
             object_keys.append(key)
         else:
             tensor, chunks = checker.tensor_and_chunks(key, entry)
             tensors.append(tensor)
             chunk_lists.append(chunks)
+    if tensor_runs != runs.taken_tensors or len(keys) != len(tensors) + len(object_keys):
+        raise RunsRefused  # something else has taken one, or a key is there twice
     counts, offsets, sizes = _boxes(checker, values, tensors, chunk_lists)
     storage = _storage(checker, values, state.get("storage_data"))
     row_of = {tensor.key: row for row, tensor in enumerate(tensors)}
@@ -118,7 +134,7 @@ def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> Joine
         _at(storage.places, np.concatenate([place_of, np.array(objects, np.int64)])),
         values,
     )
-    fields = checker.whole(state, entries, tensors, dict.fromkeys(object_keys))
+    fields = checker.whole(state, keys, tensors, dict.fromkeys(object_keys))
     return JoinedMetadata(
         fields,
         counts,
@@ -129,6 +145,38 @@ def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> Joine
         all_places[1],
         all_places[2],
     )
+
+
+def _run_tensors(values: TableValues, run: Run) -> list[TensorFields]:
+    """Return the tensors of a run, without their chunks."""
+    table, columns = run.table, run.table.columns
+    if not isinstance(columns, TensorColumns):
+        raise RunsRefused
+    whole = values.tensors(table, columns)
+    first = int(np.searchsorted(values.rows(table), run.first))
+    rows = slice(first, first + len(run))
+    texts = values.texts
+    keys = [run.key, *(texts[number] for number in whole.next_key[rows][:-1].tolist())]
+    return [
+        TensorFields(
+            key,
+            whole.dtypes[dtype],
+            tuple(numbers[:axes]),
+            requires_grad,
+            pin_memory,
+            whole.memory_formats[memory_format],
+        )
+        for key, dtype, numbers, axes, requires_grad, pin_memory, memory_format in zip(
+            keys,
+            whole.dtype[rows].tolist(),
+            whole.size[rows].tolist(),
+            whole.axes[rows].tolist(),
+            whole.requires_grad[rows].tolist(),
+            whole.pin_memory[rows].tolist(),
+            whole.memory_format[rows].tolist(),
+            strict=True,
+        )
+    ]
 
 
 def _at(values: Int64s, positions: Int64s) -> Int64s:
@@ -155,13 +203,14 @@ def _boxes(
     checker: Checker,
     values: TableValues,
     tensors: Sequence[TensorFields],
-    chunk_lists: Sequence[Sequence[Any]],
+    chunk_lists: Sequence[list[Any] | Run],
 ) -> tuple[Int64s, Int64s, Int64s]:
     """Return the number of chunks of each tensor, and the offsets and sizes of all."""
-    columns: dict[int, tuple[Int64s, ...]] = {}
     counts = np.array(
         [
-            sum(chunk.last - chunk.first if type(chunk) is Run else 1 for chunk in chunks)
+            1
+            if isinstance(chunks, Run)
+            else sum(len(chunk) if type(chunk) is Run else 1 for chunk in chunks)
             for chunks in chunk_lists
         ],
         np.int64,
@@ -171,33 +220,42 @@ def _boxes(
     wide = int(ndim.max(initial=0))
     offsets = np.zeros((total, wide), np.int64)
     sizes = np.ones((total, wide), np.int64)
-    row = 0
-    for tensor, chunks in zip(tensors, chunk_lists, strict=True):
+    row = number = 0
+    while number < len(tensors):
+        tensor, chunks = tensors[number], chunk_lists[number]
+        if isinstance(chunks, Run):  # that many tensors of one chunk each
+            count = len(chunks)
+            at = slice(row, row + count)
+            _put_run(values, chunks, ndim[number : number + count], offsets[at], sizes[at])
+            row, number = row + count, number + count
+            continue
         axes = len(tensor.shape)
         for position, chunk in enumerate(chunks):
-            if type(chunk) is not Run:
-                box = checker.box(tensor, position, chunk)
-                offsets[row, :axes], sizes[row, :axes] = box
+            if type(chunk) is Run:
+                at = slice(row, row + len(chunk))
+                _put_run(values, chunk, ndim[number], offsets[at], sizes[at])
+                row += len(chunk)
+            else:
+                offsets[row, :axes], sizes[row, :axes] = checker.box(tensor, position, chunk)
                 row += 1
-                continue
-            table = chunk.table
-            if not isinstance(table.columns, ChunkColumns):
-                raise RunsRefused
-            if id(table) not in columns:
-                columns[id(table)] = (
-                    *values.shape_columns(table, table.columns.offsets),
-                    *values.shape_columns(table, table.columns.sizes),
-                )
-            first = int(np.searchsorted(values.rows(table), chunk.first))
-            count = chunk.last - chunk.first
-            part = slice(first, first + count)
-            run_offsets, offset_axes, run_sizes, size_axes = columns[id(table)]
-            if (offset_axes[part] != axes).any() or (size_axes[part] != axes).any():
-                raise RunsRefused
-            offsets[row : row + count, :axes] = run_offsets[part, :axes]
-            sizes[row : row + count, :axes] = run_sizes[part, :axes]
-            row += count
+        number += 1
     return counts, offsets, sizes
+
+
+def _put_run(values: TableValues, run: Run, ndim: Any, offsets: Int64s, sizes: Int64s) -> None:
+    """Put the boxes of a run of chunks, of tensors with so many axes, into columns."""
+    table, columns = run.table, run.table.columns
+    if not isinstance(columns, (ChunkColumns, TensorColumns)):
+        raise RunsRefused
+    first = int(np.searchsorted(values.rows(table), run.first))
+    part = slice(first, first + len(run))
+    for shapes, target in ((columns.offsets, offsets), (columns.sizes, sizes)):
+        numbers, axes = values.shape_columns(table, shapes)
+        if (axes[part] != ndim).any():
+            raise RunsRefused
+        both = min(target.shape[1], numbers.shape[1])
+        there = np.arange(both) < axes[part][:, None]
+        np.copyto(target[:, :both], numbers[part, :both], where=there)
 
 
 def _storage(checker: Checker, values: TableValues, storage_data: Any) -> _Entries:
@@ -217,13 +275,13 @@ def _storage(checker: Checker, values: TableValues, storage_data: Any) -> _Entri
             continue
         flush()
         table = index.table
-        if not isinstance(table.columns, StorageColumns) or place is not None:
+        if not isinstance(table.columns, StorageColumns) or place is not RUN:
             raise RunsRefused
         if id(table) not in columns:
             columns[id(table)] = _run_entries(values, index)
         whole = columns[id(table)]
         first = int(np.searchsorted(values.rows(table), index.first))
-        rows = slice(first, first + index.last - index.first)
+        rows = slice(first, first + len(index))
         parts.append(
             _Entries(
                 whole.key[rows],

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from shardpoint.dtypes import DType
 from shardpoint.formats._metadata_cursors import FRAME, Int64s, Shapes, Texts
-from shardpoint.formats._metadata_tables import StorageColumns, Table
+from shardpoint.formats._metadata_grammar import StorageColumns, TensorColumns
+from shardpoint.formats._metadata_records import Layout, MemoryFormat
+from shardpoint.formats._metadata_tables import Table
 from shardpoint.formats._pickle_opcodes import RunsRefused
 
 __all__ = ["TableValues"]
@@ -16,6 +21,21 @@ __all__ = ["TableValues"]
 _BINGET, _LONG_BINGET = 0x68, 0x6A
 _SHORT_TEXT, _TEXT = 0x8C, 0x58
 _HIGHEST = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorValues:
+    """Tensors; columns that number something do so for the list before them."""
+
+    dtypes: list[DType]
+    dtype: Int64s
+    size: Int64s
+    axes: Int64s
+    requires_grad: npt.NDArray[np.bool_]
+    pin_memory: npt.NDArray[np.bool_]
+    memory_formats: list[int]
+    memory_format: Int64s
+    next_key: Int64s
 
 
 class TableValues:
@@ -40,18 +60,23 @@ class TableValues:
         self._made_shapes: list[tuple[Int64s, Shapes, Int64s]] = []
         self._made_texts: list[tuple[Int64s, Int64s]] = []
         self._own_texts: dict[int, Int64s] = {}
+        self._shape_columns: dict[int, tuple[Int64s, Int64s]] = {}
+        self._tensors: dict[int, TensorValues] = {}
         for table in tables:
             self._note(table, self._rows[id(table)])
 
     def _note(self, table: Table, rows: Int64s) -> None:
-        for slots, shapes in table.shape_slots(rows):
-            made = slots >= 0
-            self._made_shapes.append((slots[made], shapes, rows[made]))
-        for slots, texts in table.text_slots(rows):
-            made = slots >= 0
+        first = table.first_slot[rows]
+        for shapes in table.shapes:
+            within = shapes.slot[rows]
+            made = within >= 0
+            self._made_shapes.append((first[made] + within[made], shapes, rows[made]))
+        for texts in table.texts:
+            within = texts.slot[rows]
+            made = within >= 0
             numbers = self._read_texts(texts, rows[made])
             self._own_texts[id(texts)] = numbers
-            self._made_texts.append((slots[made], numbers))
+            self._made_texts.append((first[made] + within[made], numbers))
 
     def rows(self, table: Table) -> Int64s:
         """Return the rows that were taken, ascending; all columns here are of these."""
@@ -66,21 +91,34 @@ class TableValues:
         return self.transforms.setdefault(transforms, len(self.transforms))
 
     def text_column(self, table: Table, texts: Texts) -> Int64s:
-        """Return the positions of the texts of one column."""
+        """Return the positions of the texts of one column; -1 where there is none."""
         rows = self._rows[id(table)]
         reference = texts.reference[rows]
         fetched = reference >= 0
-        result = np.empty(len(rows), np.int64)
-        if not fetched.all():
-            result[~fetched] = self._own_texts[id(texts)]
+        result = np.full(len(rows), -1, np.int64)
+        result[texts.slot[rows] >= 0] = self._own_texts[id(texts)]
         if fetched.any():
             self._check_order(table, rows[fetched], reference[fetched])
             wanted, where = _distinct(reference[fetched])
             result[fetched] = self._fetched_texts(wanted)[where]
         return result
 
+    def _fetched_values(self, table: Table, references: Int64s) -> tuple[list[Any], Int64s]:
+        """Return what slots of the memo outside of runs hold, and which each row has."""
+        rows = self._rows[id(table)]
+        reference = references[rows]
+        self._check_order(table, rows, reference)
+        wanted, where = _distinct(reference)
+        return [self._memo.get(slot) for slot in wanted.tolist()], where
+
     def shape_columns(self, table: Table, shapes: Shapes) -> tuple[Int64s, Int64s]:
         """Return the numbers of one column, ``int64[n, D]``, and how many of them count."""
+        known = self._shape_columns.get(id(shapes))
+        if known is None:
+            known = self._shape_columns[id(shapes)] = self._read_shapes(table, shapes)
+        return known
+
+    def _read_shapes(self, table: Table, shapes: Shapes) -> tuple[Int64s, Int64s]:
         rows = self._rows[id(table)]
         reference = shapes.reference[rows]
         numbers, axes = shapes.numbers[rows], shapes.axes[rows]
@@ -95,6 +133,33 @@ class TableValues:
             axes[fetched] = found_axes[where]
         return numbers, axes
 
+    def tensors(self, table: Table, columns: TensorColumns) -> TensorValues:
+        """Return all about the tensors of a table but their chunks."""
+        known = self._tensors.get(id(table))
+        if known is not None:
+            return known
+        rows = self._rows[id(table)]
+        dtypes, dtype = self._fetched_values(table, columns.dtype)
+        layouts, _ = self._fetched_values(table, columns.layout)
+        formats, memory_format = self._fetched_values(table, columns.memory_format)
+        if not (
+            all(type(value) is DType for value in dtypes)
+            and all(type(value) is Layout and value.name == "torch.strided" for value in layouts)
+            and all(type(value) is MemoryFormat for value in formats)
+        ):
+            raise RunsRefused
+        found = self._tensors[id(table)] = TensorValues(
+            dtypes,
+            dtype,
+            *self.shape_columns(table, columns.size),
+            columns.requires_grad[rows],
+            columns.pin_memory[rows],
+            [value.code for value in formats],
+            memory_format,
+            self.text_column(table, columns.next_key),
+        )
+        return found
+
     def transform_column(self, table: Table, columns: StorageColumns) -> Int64s:
         """Return the positions of the lists of transforms of one column."""
         rows = self._rows[id(table)]
@@ -102,15 +167,16 @@ class TableValues:
         result = np.zeros(len(rows), np.int64)
         known: dict[bytes, int] = {}
         listed = np.flatnonzero(length)
-        slots = table.list_slots(rows[listed])
+        making = np.flatnonzero(columns.transform_slot[rows] >= 0)
+        slots = table.first_slot[rows[making]] + columns.transform_slot[rows[making]]
         for row in listed.tolist():
             first = int(start[row])
             code = self._data[first : first + int(length[row])]
             number = known.get(code)
             if number is None:
                 before = int(table.first_slot[rows[row]])
-                code_of_list = self._followed(code, before, slots, start[listed], length[listed])
-                number = self.transform_number(self._list(code_of_list, before))
+                made = self._followed(code, before, slots, start[making], length[making])
+                number = self.transform_number(self._list(made, before))
                 known[code] = number
             result[row] = number
         return result
