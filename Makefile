@@ -22,8 +22,8 @@ WORKERS ?= 2
 SECONDS ?= 600
 
 # Tests of the torch-free core; they run in both environments.
-CORE_TESTS := tests/test_cli.py tests/test_native_index.py tests/test_open.py tests/test_open_hostile.py tests/test_sharding.py \
-	tests/test_tree.py
+CORE_TESTS := tests/test_cli.py tests/test_native_index.py tests/test_open.py \
+	tests/test_open_hostile.py tests/test_sharding.py tests/test_tree.py tests/test_verify.py
 
 # The first interpreter that is 3.11 or later and can make environments.
 CANDIDATES := $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 python

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from shardpoint.dtypes import dtype_named
 from shardpoint.index import NO_FILE, UNKNOWN, CheckpointIndex
@@ -36,6 +37,8 @@ class ChunkInfo:
         where only the record's own header tells.
     checksum
         CRC-32 of the elements' bytes, or None where it is not known without reading.
+    record_checksum
+        CRC-32 of all bytes of the span, or None where the index has none.
     """
 
     offsets: tuple[int, ...]
@@ -46,6 +49,7 @@ class ChunkInfo:
     transforms: tuple[str, ...] = ()
     payload_offset: int | None = None
     checksum: int | None = None
+    record_checksum: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ class ObjectInfo:
     record_offset: int
     record_length: int
     transforms: tuple[str, ...] = ()
+    record_checksum: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +147,7 @@ def tensor_info(index: CheckpointIndex, row: int) -> TensorInfo:
                 transforms=index.transforms[int(chunks.transform[i])],
                 payload_offset=None if payload_offset == UNKNOWN else payload_offset,
                 checksum=None if checksum == UNKNOWN else checksum,
+                record_checksum=_known(chunks.record_checksum, i),
             )
         )
     nbytes = dtype.itemsize
@@ -170,7 +176,13 @@ def object_info(index: CheckpointIndex, row: int) -> ObjectInfo:
         record_offset=int(objects.record_offset[row]),
         record_length=int(objects.record_length[row]),
         transforms=index.transforms[int(objects.transform[row])],
+        record_checksum=_known(objects.record_checksum, row),
     )
+
+
+def _known(column: npt.NDArray[np.int64] | None, row: int) -> int | None:
+    """Return a value of a column that may be missing, or hold `UNKNOWN`."""
+    return None if column is None or column[row] == UNKNOWN else int(column[row])
 
 
 def _file_name(index: CheckpointIndex, number: int) -> str | None:

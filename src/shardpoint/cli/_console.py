@@ -73,6 +73,7 @@ class ConsoleOutput:
             ("path", printable(overview.path)),
             ("format", _SOURCES.get(overview.source, printable(overview.source))),
             ("metadata version", printable(overview.metadata_version or "none stored")),
+            ("opened by", printable(", ".join(overview.metadata_files)) or _NOTHING),
             ("saved", "nested" if overview.nested else "flat"),
             ("tensors", f"{overview.tensors:,}, {with_unit(overview.tensor_bytes)}"),
             ("chunks", f"{overview.chunks:,}"),
@@ -112,6 +113,7 @@ class ConsoleOutput:
                 ("first byte", f"{facts.record_offset:,}"),
                 ("bytes", with_unit(facts.record_length)),
                 ("stored as", printable(", ".join(facts.transforms)) or "plain bytes"),
+                ("CRC-32", _checksum_text(facts.record_checksum)),
             ]
         if facts.value_error is None:
             value = ("value", one_line(value_text(facts.value)))
@@ -132,6 +134,8 @@ class ConsoleOutput:
         )
         for problem in report.problems:
             self._problem(problem)
+        for note in report.notes:
+            self._line(f"note: {one_line(note)}")
         found = counted(len(report.problems), "problem") if report.problems else "no problems"
         self._line(found, style="bold red" if report.problems else "bold green")
 
@@ -155,14 +159,15 @@ class ConsoleOutput:
                 f"{chunk.record_offset:,}",
                 f"{chunk.record_length:,}",
                 _NOTHING if chunk.payload_offset is None else f"{chunk.payload_offset:,}",
-                _NOTHING if chunk.checksum is None else f"{chunk.checksum:08x}",
+                _checksum_text(chunk.checksum),
+                _checksum_text(chunk.record_checksum),
                 printable(", ".join(chunk.transforms)) or _NOTHING,
             )
             for chunk in chunks
         ]
         columns = (
             *("offsets", "sizes", "file", "first byte", "bytes"),
-            *("elements at", "CRC-32", "stored as"),
+            *("elements at", "their CRC-32", "record's CRC-32", "stored as"),
         )
         self._table(columns, rows, right=("first byte", "bytes", "elements at"))
 
@@ -210,3 +215,7 @@ class ConsoleOutput:
                 for name, cell, width in zip(columns, row, widths, strict=True)
             ]
             self._stream.write("  ".join(cells).rstrip() + "\n")
+
+
+def _checksum_text(checksum: int | None) -> str:
+    return _NOTHING if checksum is None else f"{checksum:08x}"

@@ -75,6 +75,8 @@ class Overview:
         Of all tensors when they are whole; of the objects' records; of the files there are.
     transforms
         What was done to stored bytes, such as ``"stream.zstd/1"``.
+    metadata_files
+        What it was opened by, the native index included.
     """
 
     path: str
@@ -88,6 +90,7 @@ class Overview:
     object_bytes: int
     file_bytes: int
     transforms: tuple[str, ...]
+    metadata_files: tuple[str, ...]
     files: tuple[StoredFile, ...]
 
 
@@ -120,6 +123,7 @@ class ObjectFacts:
     record_offset: int
     record_length: int
     transforms: tuple[str, ...]
+    record_checksum: int | None
     value: Simple
     value_error: str | None
 
@@ -185,6 +189,7 @@ def gather_overview(checkpoint: Checkpoint, path: str) -> Overview:
         object_bytes=sums["object"],
         file_bytes=sum(file.nbytes or 0 for file in files),
         transforms=tuple(dict.fromkeys(name for names in index.transforms for name in names)),
+        metadata_files=tuple(index.metadata_files),
         files=files,
     )
 
@@ -228,6 +233,7 @@ def _object_facts(checkpoint: Checkpoint, info: ObjectInfo) -> ObjectFacts:
         record_offset=info.record_offset,
         record_length=info.record_length,
         transforms=info.transforms,
+        record_checksum=info.record_checksum,
         value=value,
         value_error=value_error,
     )

@@ -25,7 +25,7 @@ from shardpoint.formats._index_format import (
 from shardpoint.formats._plain_json import from_json
 from shardpoint.index import BlockChecksums, CheckpointIndex, Chunks, Objects, Payloads, Tensors
 
-__all__ = ["read_index"]
+__all__ = ["read_index", "read_save_id"]
 
 Paths: TypeAlias = "dict[str, tuple[str | int, ...]]"
 
@@ -80,6 +80,19 @@ def read_index(
     )
     check_columns(index, file=file)
     return index
+
+
+def read_save_id(data: memoryview, *, file: str) -> str | None:
+    """Return which save an index belongs to, whatever ``.metadata`` there is.
+
+    Raises
+    ------
+    CorruptionError, FormatError, NotSupportedError, LimitExceededError
+        As `read_index`.
+    """
+    meta = _read_document(read_container(data, file=file)).storage_meta() or {}
+    save_id = meta.get("save_id")
+    return save_id if isinstance(save_id, str) else None
 
 
 def _column(container: Container, name: str, *shape: int | None) -> Column:

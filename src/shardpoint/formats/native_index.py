@@ -14,10 +14,18 @@ from __future__ import annotations
 import re
 
 from shardpoint.formats._index_format import MetadataStamp, stamp_of
-from shardpoint.formats._index_reading import read_index
+from shardpoint.formats._index_reading import read_index, read_save_id
 from shardpoint.formats._index_writing import write_index
 
-__all__ = ["MetadataStamp", "index_name", "is_index_name", "read_index", "stamp_of", "write_index"]
+__all__ = [
+    "MetadataStamp",
+    "index_name",
+    "is_index_name",
+    "read_index",
+    "read_save_id",
+    "stamp_of",
+    "write_index",
+]
 
 _NAME = re.compile(r"\.shardpoint-[0-9a-f]{8}\.index")
 
