@@ -26,6 +26,9 @@ __all__ = [
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""
 
+_MOST_BOXES = 4096
+_boxes: dict[tuple[object, ...], Box] = {}  # by all that a box depends on
+
 
 def is_in_mesh(tensor: DTensor) -> bool:
     """Whether this rank holds a part of the tensor at all."""
@@ -58,16 +61,27 @@ def dtensor_box(tensor: DTensor) -> Box:
             f"a DTensor with placements {tensor.placements} holds partial sums; "
             "redistribute it to Replicate() or Shard() first"
         )
-    sizes, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    local = tuple(tensor.to_local().shape)
-    if tuple(sizes) != local:
+    offsets, sizes = _box_in_mesh(tensor)
+    local = tuple(tensor._local_tensor.shape)  # to_local() is for autograd, and slow
+    if sizes != local:
         raise PlanError(
             f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} should "
-            f"have a local tensor of shape {tuple(sizes)} here, found {local}"
+            f"have a local tensor of shape {sizes} here, found {local}"
         )
-    return tuple(offsets), local
+    return offsets, local
+
+
+def _box_in_mesh(tensor: DTensor) -> Box:
+    """Return the box that the placements give this rank. Most layers are like one before."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    look = tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), placements, tensor.shape
+    box = _boxes.get(look)
+    if box is None:
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        if len(_boxes) >= _MOST_BOXES:
+            _boxes.clear()
+        box = _boxes[look] = tuple(offsets), tuple(sizes)
+    return box
 
 
 def shape_and_dtype(value: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
@@ -84,7 +98,7 @@ def overlaps_itself(value: torch.Tensor) -> bool:
         return any(overlaps_itself(shard.tensor) for shard in value.local_shards())
     if is_checkpointable(value):
         return False
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = value._local_tensor if isinstance(value, DTensor) else value
     return any(
         size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)
     )

@@ -153,9 +153,20 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
             if number is not None:
                 rows.add(key, number)
                 continue
+        elif kind is DTensor and not hasattr(value._local_tensor, "__create_write_items__"):
+            local = value._local_tensor
+            look = (
+                *(id(value.device_mesh), value.placements, value.shape, local.shape),
+                *(value.dtype, value.requires_grad, local.layout, local.is_pinned()),
+            )
+            number = known.get(look)
+            if number is not None:
+                rows.add(key, number)
+                continue
+        before = len(rows.numbers)
         try:
             _describe(rows, key, value)
-            if look is not None:
+            if look is not None and len(rows.numbers) > before:
                 known[look] = rows.numbers[-1]
         except (NotSupportedError, ValueError, TypeError) as error:
             problems.append(Problem(str(error), key))

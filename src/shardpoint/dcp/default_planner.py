@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -118,7 +117,9 @@ class DefaultSavePlanner(SavePlanner):
         ]
         metadata = metadata_of(planned.index, None)
         if self.flatten_state_dict:
-            paths = dict(ChainMap(*_distinct(plan.planner_data for plan in all_plans)))
+            paths: dict[str, tuple[str | int, ...]] = {}
+            for mapping in reversed(_distinct(plan.planner_data for plan in all_plans)):
+                paths.update(mapping)
             index = dataclasses.replace(index_of(metadata), paths=paths)
             metadata = metadata_of(index, None)
         self.metadata = metadata
@@ -378,10 +379,10 @@ def _find(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
     return value
 
 
-def _distinct(mappings: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _distinct(mappings: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any]]:
     """Leave out mappings that say what an earlier one said: ranks are mostly alike."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Mapping[str, Any]] = []
     for mapping in mappings:
         if mapping is not None and mapping not in kept[:8]:
-            kept.append(dict(mapping))
+            kept.append(mapping)
     return kept
