@@ -325,7 +325,7 @@ def test_instance_that_is_changed_after_its_run_is_read_singly() -> None:
 
 def test_text_that_comes_only_later_is_refused() -> None:
     """Columns are read all at once; a fetch must not see what a later row puts into the memo."""
-    data = pickle.dumps(regular(2, 6))
+    data = pickle.dumps(regular(4, 8))
     runs = MetadataRuns(data)
     load_metadata_pickle(data, source="x", runs=runs)
     table = next(t for t in runs.tables if isinstance(t.columns, StorageColumns))
