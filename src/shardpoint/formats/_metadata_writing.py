@@ -33,6 +33,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _NEW_WITH_FIELDS = b")\x81}("  # EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK ...
 _END_FIELDS = b"ub"  # ... SETITEMS BUILD
 _BLOCK = 1 << 15  # rows that are assembled at once
+_LONG_FETCH = struct.Struct("<cI").pack
 _TRUE_FALSE = {True: b"\x88", False: b"\x89"}
 
 
@@ -50,19 +51,22 @@ class _Memo:
     def __init__(self, output: list[bytes]) -> None:
         self._output = output
         self._known: dict[bytes, bytes] = {}
+        self._texts: dict[str, bytes] = {}
 
     def define(self, definition: bytes) -> bytes:
         fetch = self._known.get(definition)
         if fetch is None:
             number = len(self._known)
             self._output.append(definition + b"\x940")  # MEMOIZE POP
-            short = number < 1 << 8
-            fetch = b"h" + bytes((number,)) if short else b"j" + struct.pack("<I", number)
+            fetch = _LONG_FETCH(b"j", number) if number >= 1 << 8 else b"h" + bytes((number,))
             self._known[definition] = fetch
         return fetch
 
     def text(self, value: str) -> bytes:
-        return self.define(_text(value))
+        fetch = self._texts.get(value)
+        if fetch is None:
+            fetch = self._texts[value] = self.define(_text(value))
+        return fetch
 
     def name(self, module: str, name: str) -> bytes:
         return self.define(self.text(module) + self.text(name) + b"\x93")
@@ -133,25 +137,52 @@ class _Writer:
     def entries(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
         """``state_dict_metadata``."""
         tensors = self.index.tensors
-        shapes = tensors.shape.tolist()
         rows = {key: row for row, key in enumerate(tensors.keys)}
-        memo, sizes = self.memo, self.sizes
-        tensor_class = memo.name(_METADATA, "TensorStorageMetadata")
-        fields = (memo.text("properties"), memo.text("size"), memo.text("chunks"))
-        bytes_object = memo.name(_METADATA, "BytesStorageMetadata") + b")\x81"
+        alike = self._alike()
+        tensor_class = self.memo.name(_METADATA, "TensorStorageMetadata")
+        fields = [self.memo.text(name) for name in ("properties", "size", "chunks")]
+        bytes_object = self.memo.name(_METADATA, "BytesStorageMetadata") + b")\x81"
+        known: dict[tuple[int, ...], bytes] = {}
         yield b"}("
         for key in self.index.key_order:
+            yield keys[key]
             row = rows.get(key)
             if row is None:
-                yield keys[key] + bytes_object
+                yield bytes_object
                 continue
-            shape = sizes[shapes[row][: self.axes[row]]]
-            yield keys[key] + tensor_class + _NEW_WITH_FIELDS
-            yield fields[0] + self.properties(row)
-            yield fields[1] + shape + fields[2]
-            yield from self.chunks(row)
-            yield _END_FIELDS
+            description = alike[row]
+            whole = None if description is None else known.get(description)
+            if whole is not None:
+                yield whole
+                continue
+            shape = self.sizes[tensors.shape_of(row)]
+            begin = tensor_class + _NEW_WITH_FIELDS + fields[0] + self.properties(row)
+            begin += fields[1] + shape + fields[2]
+            if description is None:
+                yield begin
+                yield from self.chunks(row)
+                yield _END_FIELDS
+            else:
+                whole = known[description] = b"".join((begin, *self.chunks(row), _END_FIELDS))
+                yield whole
         yield b"u"
+
+    def _alike(self) -> list[tuple[int, ...] | None]:
+        """Return all that the entry of each tensor of one chunk depends on; None for others."""
+        tensors, chunks = self.index.tensors, self.index.chunks
+        single = np.diff(tensors.first_chunk) == 1
+        if not single.any():
+            return [None] * len(tensors)
+        chunk = np.where(single, tensors.first_chunk[:-1], 0)
+        described = np.column_stack(
+            [
+                *(tensors.dtype, tensors.memory_format, tensors.requires_grad),
+                *(tensors.pin_memory, tensors.ndim, tensors.shape),
+                *(chunks.offsets[chunk], chunks.sizes[chunk]),
+            ]
+        ).tolist()
+        pairs = zip(described, single.tolist(), strict=True)
+        return [tuple(numbers) if one else None for numbers, one in pairs]
 
     def properties(self, row: int) -> bytes:
         tensors = self.index.tensors
@@ -220,8 +251,8 @@ class _Writer:
         text = self.memo.text
         yield b"}("
         for key, path in paths.items():
-            parts = [text(part) if isinstance(part, str) else _integer(part) for part in path]
-            yield text(key) + _tuple(parts)
+            yield text(key)
+            yield _tuple([text(part) if isinstance(part, str) else _integer(part) for part in path])
         yield b"u"
 
     def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:

@@ -7,6 +7,9 @@ import struct
 __all__ = ["binary", "floating", "integer", "text"]
 
 
+_BYTES = [bytes((value,)) for value in range(1 << 8)]
+
+
 def integer(value: int) -> bytes:
     """Return an int as BININT1, BININT2, BININT, LONG1 or LONG4."""
     if 0 <= value < 1 << 8:
@@ -29,7 +32,10 @@ def floating(value: float) -> bytes:
 
 def text(value: str) -> bytes:
     """Return a str as SHORT_BINUNICODE, BINUNICODE or BINUNICODE8."""
-    return _sized(value.encode("utf-8", "surrogatepass"), b"\x8c", b"X", b"\x8d")
+    data = value.encode("utf-8", "surrogatepass")
+    if len(data) < 1 << 8:  # nearly all, by the thousands
+        return b"\x8c" + _BYTES[len(data)] + data
+    return _sized(data, b"\x8c", b"X", b"\x8d")
 
 
 def binary(value: bytes) -> bytes:
@@ -40,7 +46,7 @@ def binary(value: bytes) -> bytes:
 def _sized(data: bytes, short: bytes, medium: bytes, long: bytes) -> bytes:
     length = len(data)
     if length < 1 << 8:
-        return short + bytes((length,)) + data
+        return short + _BYTES[length] + data
     if length < 1 << 32:
         return medium + struct.pack("<I", length) + data
     return long + struct.pack("<Q", length) + data
