@@ -307,6 +307,7 @@ def test_torchs_own_file_system_class_serves_too(tmp_path: Path) -> None:
 def test_plain_file_system_is_the_local_storage(tmp_path: Path) -> None:
     assert isinstance(ours.FileSystemWriter(tmp_path).storage, LocalStorage)
     writer = ours.FileSystemWriter(tmp_path / "a")
+    assert writer.storage.location == str(tmp_path / "a")
     writer.path = tmp_path / "b"
     assert writer.storage.location == str(tmp_path / "b")
 
