@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -310,6 +311,18 @@ def test_plain_file_system_is_the_local_storage(tmp_path: Path) -> None:
     assert writer.storage.location == str(tmp_path / "a")
     writer.path = tmp_path / "b"
     assert writer.storage.location == str(tmp_path / "b")
+
+
+def test_writers_and_readers_travel_to_other_processes(memory_url: str, tmp_path: Path) -> None:
+    for place in (memory_url, str(tmp_path)):
+        for made in (ours.FsspecWriter(place), ours.FileSystemWriter(place)):
+            assert made.storage is not None
+            again = pickle.loads(pickle.dumps(made))
+            ours.save(state(1), storage_writer=again)
+            reader = pickle.loads(pickle.dumps(ours.FsspecReader(place)))
+            target = empty()
+            ours.load(target, storage_reader=reader)
+            assert_same(target, state(1))
 
 
 class TestFileSystemStorage(StorageConformance):

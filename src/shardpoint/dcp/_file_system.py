@@ -158,3 +158,7 @@ class StoragePlace:
 
     def _forget_storage(self) -> None:
         self._known = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the storage behind: another process makes its own."""
+        return {name: value for name, value in vars(self).items() if name != "_known"}
