@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from shardpoint.storage import Buffer, ReadableFile, Storage
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["BufferPool", "OpenFiles"]
+from shardpoint.storage import Buffer, ReadableFile, SpanReadable, Storage
+
+__all__ = ["BufferPool", "CountedFile", "OpenFiles"]
 
 _MOST_IDLE = 64
 
@@ -109,6 +112,15 @@ class CountedFile:
         """See `shardpoint.storage.ReadableFile`."""
         self._counter.count(sum(map(len, buffers)))
         self._file.read_into(offset, buffers)
+
+    def read_spans(self, starts: npt.NDArray[np.int64], length: int, into: Buffer) -> None:
+        """See `shardpoint.storage.SpanReadable`; other files are read span by span."""
+        if isinstance(self._file, SpanReadable):
+            self._counter.count(len(into))
+            self._file.read_spans(starts, length, into)
+            return
+        for number, start in enumerate(starts.tolist()):
+            self.read_into(start, [into[number * length : (number + 1) * length]])
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes; those must lie inside the file."""

@@ -5,6 +5,7 @@ from shardpoint.storage.base import (
     MappableFile,
     ReadableFile,
     SharedStorage,
+    SpanReadable,
     Storage,
     WritableFile,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "MappableFile",
     "ReadableFile",
     "SharedStorage",
+    "SpanReadable",
     "Storage",
     "WritableFile",
     "storage_at",

@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
+
 from shardpoint.errors import CorruptionError, StorageError
+from shardpoint.storage._gathering import gather
 from shardpoint.storage.base import Buffer
 
 __all__ = ["LocalReadableFile", "LocalWritableFile", "refused"]
@@ -116,6 +120,21 @@ class LocalReadableFile(_LocalFile):
         except (OSError, ValueError) as error:
             cause = error if isinstance(error, OSError) else OSError(str(error))
             raise refused("map", self._path, cause) from error
+
+    def read_spans(self, starts: npt.NDArray[np.int64], length: int, into: Buffer) -> None:
+        """Fill a buffer with spans of one length, one after the other; see `SpanReadable`."""
+        done = gather(self._descriptor, starts, length, into)
+        at = done * length
+        preadv, descriptor = os.preadv, self._descriptor
+        for start in starts[done:].tolist():
+            span = into[at : at + length]
+            at += length
+            try:
+                count = preadv(descriptor, [span], start)
+            except OSError as error:
+                raise refused(f"read at byte {start} of", self._path, error) from error
+            if count != length:
+                self.read_into(start + count, [span[count:]])
 
 
 class LocalWritableFile(_LocalFile):

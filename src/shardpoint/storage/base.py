@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeAlias, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from shardpoint.errors import NotSupportedError
 
 __all__ = [
@@ -77,6 +80,30 @@ class MappableFile(Protocol):
         ------
         StorageError
             If the store cannot do that for this file.
+        """
+        ...
+
+
+@runtime_checkable
+class SpanReadable(Protocol):
+    """The ability of a file to read many short spans at less cost than a call for each."""
+
+    def read_spans(self, starts: npt.NDArray[np.int64], length: int, into: Buffer) -> None:
+        """Fill a buffer with spans of the file, one after the other.
+
+        Parameters
+        ----------
+        starts
+            ``int64[n]``, ascending: where each span begins.
+        length
+            Bytes of each, more than 0.
+        into
+            ``n * length`` bytes, the caller's; all are filled on return.
+
+        Raises
+        ------
+        CorruptionError, StorageError
+            As `ReadableFile.read_into` does.
         """
         ...
 
