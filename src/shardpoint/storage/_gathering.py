@@ -25,6 +25,7 @@ LONGEST_GATHERED = 1024
 """Bytes of a span, at most: longer ones are read as fast by a call for each."""
 
 _FEWEST = 64  # spans for which preparing pays
+_FARTHEST = 8192  # bytes from one to the next on average: beyond, most of what is mapped is in vain
 _VECTOR = 1024
 _POINTER = 8
 
@@ -69,6 +70,8 @@ def gather(descriptor: int, starts: npt.NDArray[np.int64], length: int, into: Bu
         return 0
     first = int(starts[0]) - int(starts[0]) % mmap.ALLOCATIONGRANULARITY
     span = int(starts[-1]) + length - first
+    if span > count * _FARTHEST:
+        return 0
     try:
         mapping = mmap.mmap(descriptor, span, prot=mmap.PROT_READ, offset=first)
         middle = os.memfd_create("shardpoint-gather", os.MFD_CLOEXEC)
