@@ -42,7 +42,7 @@ def test_defaults_work_without_an_accelerator() -> None:
 
 
 def test_copies_of_shared_memory_share_memory() -> None:
-    base = torch.arange(100.0)
+    base = torch.arange(20_000.0)
     staged = BlockingAsyncStager().stage(
         {"whole": base, "part": base[10:20], "same": base, "other": torch.zeros(100)}
     )
@@ -140,7 +140,7 @@ def test_tensor_subclass_is_copied_by_its_parts() -> None:
 
 
 def test_memory_is_used_again_when_the_copy_is_gone() -> None:
-    state = {"x": torch.ones(1000)}
+    state = {"x": torch.ones(10_000)}
     first = BlockingAsyncStager().stage(state)
     address = first["x"].data_ptr()
     second = BlockingAsyncStager().stage(state)  # the first is still there
@@ -152,19 +152,19 @@ def test_memory_is_used_again_when_the_copy_is_gone() -> None:
 
 
 def test_part_of_a_copy_keeps_its_memory() -> None:
-    state = {"x": torch.ones(1000), "y": torch.full((10,), 7.0)}
+    state = {"x": torch.ones(10_000), "y": torch.full((10_000,), 7.0)}
     part = BlockingAsyncStager().stage(state)["y"]
     gc.collect()
-    BlockingAsyncStager().stage({"z": torch.zeros(2000)})
-    assert part.tolist() == [7.0] * 10
+    BlockingAsyncStager().stage({"z": torch.zeros(20_000)})
+    assert part.tolist() == [7.0] * 10_000
 
 
 @pytest.mark.parametrize(
     "stager", [DefaultStager(BLOCKING), BlockingAsyncStager(cache_staged_state_dict=True)]
 )
 def test_keeping_stager_overwrites_its_copy(stager: Any) -> None:
-    first = stager.stage({"x": torch.ones(1000)})
-    stager.stage({"x": torch.zeros(1000)})
+    first = stager.stage({"x": torch.ones(10_000)})
+    stager.stage({"x": torch.zeros(10_000)})
     assert first["x"].sum() == 0
     larger = stager.stage({"x": torch.ones(10_000_000)})
     assert larger["x"].sum() == 10_000_000

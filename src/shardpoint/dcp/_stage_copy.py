@@ -26,6 +26,7 @@ __all__ = ["Layout", "copy_tensors", "lay_out"]
 _ALIGNMENT = 64
 _PIECE = 32 << 20  # what one thread takes of a large span
 _SMALL = 256 << 10  # spans up to this size are copied without letting go of the GIL
+_CLONED = 32 << 10  # up to this size a tensor made in torch is cheaper than one made over memory
 _MOST_HOLES = 1.25  # memory over elements, up to which holes are copied along
 
 _memmove_alone = ctypes.CDLL(None).memmove
@@ -63,6 +64,8 @@ class Layout:
         Rows that are copied element by element.
     shared
         Rows that lie in a span with others.
+    cloned
+        Rows of small tensors that get memory of their own.
     spans
         What is copied from each device.
     """
@@ -73,15 +76,20 @@ class Layout:
     span_length: Ints
     dense: set[int] = field(default_factory=set)
     shared: set[int] = field(default_factory=set)
+    cloned: set[int] = field(default_factory=set)
     spans: dict[torch.device, _Spans] = field(default_factory=dict)
 
 
-def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
-    """Decide where copies of strided tensors lie; nothing is copied yet."""
+def lay_out(tensors: Sequence[torch.Tensor], *, clone_small: bool) -> Layout:
+    """Decide where copies of strided tensors lie; nothing is copied yet.
+
+    With `clone_small`, not all have to lie in the slab.
+    """
     count = len(tensors)
     begin, itemsize = np.zeros(count, np.int64), np.ones(count, np.int64)
     zeros = np.zeros((3, count), np.int64)
     layout = Layout(0, zeros[0], zeros[1], zeros[2])
+    clonable = np.zeros(count, np.bool_)
     length = layout.span_length
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for row, tensor in enumerate(tensors):
@@ -96,13 +104,15 @@ def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
                 (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
             )
             span = (reach + 1) * item
+        elif clone_small and nbytes <= _CLONED and tensor.is_cpu:
+            clonable[row] = True
         if span > nbytes * _MOST_HOLES:
             layout.dense.add(row)
         else:
             begin[row], length[row] = tensor.data_ptr(), span
             by_device[tensor.device].append(row)
     for device, rows in by_device.items():
-        _place_spans(layout, device, np.array(rows), begin)
+        _place_spans(layout, device, np.array(rows), begin, clonable)
     # a tensor at an odd address, say over bytes of a file, cannot be made over its span
     layout.dense.update(np.flatnonzero((layout.offset - layout.span_offset) % itemsize).tolist())
     for row in sorted(layout.dense):
@@ -113,7 +123,13 @@ def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
     return layout
 
 
-def _place_spans(layout: Layout, device: torch.device, rows: Ints, begin: Ints) -> None:
+def _place_spans(
+    layout: Layout,
+    device: torch.device,
+    rows: Ints,
+    begin: Ints,
+    clonable: npt.NDArray[np.bool_],
+) -> None:
     """Merge overlapping memory of one device's tensors into spans and give each a place."""
     length = layout.span_length
     rows = rows[np.argsort(begin[rows], kind="stable")]
@@ -124,14 +140,20 @@ def _place_spans(layout: Layout, device: torch.device, rows: Ints, begin: Ints) 
     starts = np.flatnonzero(is_new)
     group = np.cumsum(is_new) - 1
     lengths = reached[np.append(starts[1:], len(rows)) - 1] - first[starts]
-    room = -(-lengths // _ALIGNMENT) * _ALIGNMENT
+    is_alone = np.bincount(group) == 1
+    is_cloned = is_alone & clonable[rows[starts]]
+    room = np.where(is_cloned, 0, -(-lengths // _ALIGNMENT) * _ALIGNMENT)
     offsets = layout.size + np.cumsum(room) - room
     layout.offset[rows] = offsets[group] + first - first[starts][group]
     layout.span_offset[rows] = offsets[group]
     layout.span_length[rows] = lengths[group]
     layout.size += int(room.sum())
-    layout.shared.update(rows[np.bincount(group)[group] > 1].tolist())
-    layout.spans[device] = _Spans(first[starts], lengths, offsets, rows[starts])
+    layout.shared.update(rows[~is_alone[group]].tolist())
+    layout.cloned.update(rows[starts[is_cloned]].tolist())
+    copied = starts[~is_cloned]
+    layout.spans[device] = _Spans(
+        first[copied], lengths[~is_cloned], offsets[~is_cloned], rows[copied]
+    )
 
 
 def copy_tensors(
@@ -143,7 +165,7 @@ def copy_tensors(
     it does not get the whole slab. With `non_blocking`, copies from an accelerator may be
     under way on return.
     """
-    memory, dense, shared = lease.memory, layout.dense, layout.shared
+    memory, dense, shared, cloned = lease.memory, layout.dense, layout.shared, layout.cloned
     storages: dict[int, torch.UntypedStorage] = {}
     places = zip(
         layout.offset.tolist(),
@@ -153,6 +175,10 @@ def copy_tensors(
     )
     copies: list[torch.Tensor] = []
     for row, (tensor, (offset, begin, length)) in enumerate(zip(tensors, places, strict=True)):
+        if row in cloned:
+            copy = tensor.clone()
+            copies.append(copy.requires_grad_() if tensor.requires_grad else copy)
+            continue
         kind, shape = tensor.dtype, tensor.shape
         if length == 0:
             copy = torch.empty_strided(shape, tensor.stride(), dtype=kind)

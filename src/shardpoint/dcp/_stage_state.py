@@ -64,7 +64,7 @@ class StateStager:
         walk = _Walk(self.type_check)
         with torch.no_grad():
             walk.collect(state)
-            layout = lay_out(walk.tensors)
+            layout = lay_out(walk.tensors, clone_small=not self.shared)
             lease = self._lease(layout.size)
             walk.copies = iter(copy_tensors(walk.tensors, layout, lease, non_blocking=non_blocking))
             staged: dict[str, Any] = walk.build(state)
