@@ -139,6 +139,27 @@ def test_the_rank_that_keeps_the_store_is_named_too(pool: RankPool, tmp_path: Pa
     _check(answers, "write", 0, LONG)
 
 
+def _lose_in_a_part(folder: str) -> Any:
+    """Lose the second rank of a group that the first rank of all has no part in."""
+    part = dist.new_group([1, 2])
+    rank = dist.get_rank()
+    if rank == 0:
+        return None
+    victim = patch.object(dcp.FileSystemWriter, "write_data", lambda *_: DEATHS["SIGKILL"]())
+    if rank == 2:
+        victim.start()
+    try:
+        dcp.save({"a": 1}, checkpoint_id=folder, process_group=part, timeout=LONG)
+    except dcp.CheckpointException as error:
+        return sorted(error.failures)
+    return "nothing was raised"
+
+
+def test_in_a_part_of_the_ranks_its_own_numbers_are_named(pool: RankPool, tmp_path: Path) -> None:
+    answers = pool.run_to_the_end(WORLD_SIZE, _lose_in_a_part, str(tmp_path / "ckpt"))
+    assert answers == [None, [1], -signal.SIGKILL]
+
+
 def test_a_timeout_is_more_than_nothing() -> None:
     with pytest.raises(PlanError, match="timeout must be more than 0"):
         dcp.save({}, checkpoint_id="nowhere", timeout=0)

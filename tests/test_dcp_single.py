@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -604,3 +605,14 @@ def test_a_reader_may_bring_metadata_from_elsewhere(tmp_path: Path) -> None:
     target = small(0.0)
     dcp.load(target, storage_reader=ForeignMetadataReader(tmp_path, metadata))
     assert differences(target, small()) == []
+
+
+def test_saves_and_loads_log_their_times_and_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="shardpoint")
+    dcp.save({"a": torch.ones(1000)}, checkpoint_id=tmp_path / "ckpt")
+    dcp.load({"a": torch.zeros(1000)}, checkpoint_id=tmp_path / "ckpt")
+    saved, loaded = (r.getMessage() for r in caplog.records if r.name.startswith("shardpoint.dcp"))
+    assert re.match(r"saved 5\d{3} bytes .*plan [\d.]+ s, write [\d.]+ s, commit [\d.]+ s", saved)
+    assert re.match(r"loaded 4000 bytes .*plan [\d.]+ s, read [\d.]+ s", loaded)

@@ -17,7 +17,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from shardpoint.coordination import Coordinator, WireWriter, gather_scatter
 from shardpoint.dcp._metadata_view import index_of, metadata_of
@@ -72,8 +72,7 @@ class PlanCache:
     index: CheckpointIndex | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Announcement:
+class _Announcement(NamedTuple):  # tuples travel fastest
     """What a rank says first. Without a fingerprint it wants to plan anew."""
 
     place: str
@@ -82,8 +81,7 @@ class _Announcement:
     token: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Verdict(NamedTuple):
     """Which plan there will be: the one of that token, known already or to be made."""
 
     token: bytes
