@@ -24,7 +24,11 @@ from shardpoint.formats._metadata_grammar import (
 )
 from shardpoint.formats._metadata_pickle import load_metadata_pickle
 from shardpoint.formats._metadata_runs import MetadataRuns
-from shardpoint.formats.dcp_metadata import read_metadata, write_metadata
+from shardpoint.formats.dcp_metadata import (
+    read_metadata,
+    read_per_rank_metadata,
+    write_metadata,
+)
 
 torch = pytest.importorskip("torch")
 metadata = pytest.importorskip("torch.distributed.checkpoint.metadata")
@@ -249,6 +253,24 @@ def repeated(rng: random.Random, entries: Any, places: Any) -> None:
     for tensor in tensors[:3]:
         tensor.chunks.extend(tensor.chunks[:2])
     tensors[-1].size, tensors[-1].chunks = tensors[0].size, tensors[0].chunks
+
+
+def test_parts_of_ranks_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(seed: int, rank: int) -> bytes:
+        def keep(rng: random.Random, entries: Any, places: Any) -> None:
+            for entry in entries.values():
+                if hasattr(entry, "chunks"):
+                    del entry.chunks[: rank % 2], entry.chunks[rank + 1 :]
+
+        return pickle.dumps(layout(seed, edit=keep))
+
+    for seed in range(4):
+        parts = {f"__{rank}.metadata": part(seed, rank) for rank in range(4)}
+        results = []
+        for least in (ALWAYS, NEVER):
+            monkeypatch.setattr(dcp_metadata, "_HAS_RUNS", least)
+            results.append(read_per_rank_metadata(parts))
+        assert_same(*results)
 
 
 @pytest.mark.parametrize("edit", [twice, misplaced, repeated])

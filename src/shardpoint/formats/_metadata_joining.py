@@ -22,7 +22,7 @@ from shardpoint.formats._metadata_values import TableValues
 from shardpoint.formats._pickle_opcodes import RunsRefused
 from shardpoint.index import NO_FILE
 
-__all__ = ["JoinedMetadata", "join_runs"]
+__all__ = ["JoinedMetadata", "join_runs", "separate_chunks"]
 
 _NO_PLACE = -1
 
@@ -145,6 +145,30 @@ def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> Joine
         all_places[1],
         all_places[2],
     )
+
+
+def separate_chunks(joined: JoinedMetadata) -> MetadataFields:
+    """Return the metadata with the chunks in lists of their tensors, as `check_metadata` does."""
+    fields = joined.fields
+    names, transforms = joined.files, joined.transforms
+
+    def places(rows: Int64s) -> list[Place | None]:
+        return [
+            None if file == NO_FILE else (names[file], offset, length, transforms[transform])
+            for file, offset, length, transform in rows.tolist()
+        ]
+
+    offsets, sizes = joined.offsets.tolist(), joined.sizes.tolist()
+    chunk_places = places(joined.chunk_places)
+    first = 0
+    for tensor, count in zip(fields.tensors, joined.counts.tolist(), strict=True):
+        rows, axes = slice(first, first + count), len(tensor.shape)
+        tensor.offsets = [tuple(numbers[:axes]) for numbers in offsets[rows]]
+        tensor.sizes = [tuple(numbers[:axes]) for numbers in sizes[rows]]
+        tensor.places = chunk_places[rows]
+        first += count
+    fields.objects = dict(zip(fields.objects, places(joined.object_places), strict=True))
+    return fields
 
 
 def _run_tensors(values: TableValues, run: Run) -> list[TensorFields]:

@@ -22,7 +22,11 @@ from shardpoint.formats._metadata_fields import (
     TensorFields,
     check_metadata,
 )
-from shardpoint.formats._metadata_joining import JoinedMetadata, join_runs
+from shardpoint.formats._metadata_joining import (
+    JoinedMetadata,
+    join_runs,
+    separate_chunks,
+)
 from shardpoint.formats._metadata_pickle import load_metadata_pickle
 from shardpoint.formats._metadata_runs import MetadataRuns
 from shardpoint.formats._metadata_writing import write_metadata
@@ -62,10 +66,11 @@ def read_metadata(data: bytes | bytearray | memoryview, *, file: str) -> Checkpo
         If a tensor has a dtype or layout that shardpoint does not know.
     """
     with _no_collection(len(data)):
-        index = _read_by_runs(bytes(data), file) if len(data) >= _HAS_RUNS else None
-        if index is not None:
-            return index
-        fields = _read_fields(data, file)
+        content = bytes(data)
+        joined = _read_by_runs(content, file)
+        if joined is not None:
+            return _from_joined(joined, metadata_files=[file])
+        fields = _read_fields(content, file)
         return _to_columns(fields, source="dcp", metadata_files=[file])
 
 
@@ -92,10 +97,10 @@ def read_per_rank_metadata(
         raise FormatError("there are no per-rank metadata files")
     names = sorted(parts, key=_rank_order)
     with _no_collection(sum(map(len, parts.values()))):
-        merged = _read_fields(parts[names[0]], names[0])
+        merged = _read_part(bytes(parts[names[0]]), names[0])
         union = _Union(merged)
         for name in names[1:]:
-            union.add(_read_fields(parts[name], name))
+            union.add(_read_part(bytes(parts[name]), name))
         return _to_columns(merged, source="dcp-per-rank", metadata_files=names)
 
 
@@ -116,20 +121,29 @@ def _no_collection(size: int) -> Iterator[None]:
             gc.enable()
 
 
-def _read_fields(data: bytes | bytearray | memoryview, file: str) -> MetadataFields:
-    return check_metadata(load_metadata_pickle(bytes(data), source=f"file {file!r}"), file=file)
+def _read_fields(data: bytes, file: str) -> MetadataFields:
+    """Read a pickle step by step."""
+    return check_metadata(load_metadata_pickle(data, source=f"file {file!r}"), file=file)
 
 
-def _read_by_runs(data: bytes, file: str) -> CheckpointIndex | None:
+def _read_part(data: bytes, file: str) -> MetadataFields:
+    """Read one of several pickles."""
+    joined = _read_by_runs(data, file)
+    return _read_fields(data, file) if joined is None else separate_chunks(joined)
+
+
+def _read_by_runs(data: bytes, file: str) -> JoinedMetadata | None:
     """Read a pickle with the help of its runs; None if it has none, or anything is odd.
 
     Then it is read step by step, which gives the result or the error that counts.
     """
+    if len(data) < _HAS_RUNS:
+        return None
     runs = MetadataRuns(data)
     try:
         record = load_metadata_pickle(data, source=f"file {file!r}", runs=runs)
         if runs.taken:
-            return _from_joined(join_runs(record, runs, file=file), metadata_files=[file])
+            return join_runs(record, runs, file=file)
     except RunsRefused:
         return None
     except ShardpointError:
