@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fixture_support import public_fixtures
-from shardpoint.errors import FormatError, ShardpointError
+from shardpoint.errors import FormatError, LimitExceededError, ShardpointError
 from shardpoint.formats import dcp_metadata
 from shardpoint.formats._metadata_cursors import fetch
 from shardpoint.formats._metadata_grammar import (
@@ -343,6 +343,18 @@ def test_instance_that_is_changed_after_its_run_is_read_singly() -> None:
     with pytest.raises(FormatError, match="offsets of chunk"):
         read_metadata(changed, file="x")
     assert_reads_the_same(changed)
+
+
+def test_list_of_chunks_that_countless_tensors_share_is_refused() -> None:
+    whole = regular(1, 2000)
+    entry = whole.state_dict_metadata["layers.0.weight"]
+    for number in range(1, 400):
+        whole.state_dict_metadata[f"layers.{number}.weight"] = dataclasses.replace(entry)
+    data = pickle.dumps(whole)
+    for least in (ALWAYS, NEVER):
+        error, message = outcome(data, least)
+        assert error is LimitExceededError
+        assert "far more chunks than the size of the file can explain" in message
 
 
 def test_text_that_comes_only_later_is_refused() -> None:

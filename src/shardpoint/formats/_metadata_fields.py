@@ -79,8 +79,10 @@ class MetadataFields:
 class Checker:
     """Checks one file's metadata; every complaint names the file and the key."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, *, size: int) -> None:
         self.file = file
+        self.size = size
+        self.chunks_left = size
         # Where chunks lie, by offset; and by position in the tensor's list, where the
         # entry has no offset.
         self.by_offset: dict[tuple[str, _Offsets], Place] = {}
@@ -197,6 +199,13 @@ class Checker:
         chunks = state.get("chunks")
         if type(chunks) is not list:
             self.fail(f"chunks is {describe(chunks)}, not a list", key)
+        # Each takes a byte or more, unless tensors share a list: then a few bytes ask for many.
+        self.chunks_left -= len(chunks)
+        if self.chunks_left < 0:
+            raise LimitExceededError(
+                f"key {key!r}, file {self.file!r}: lists far more chunks than the size of the "
+                "file can explain"
+            )
         return tensor, chunks
 
     def box(self, tensor: TensorFields, position: int, chunk: Any) -> tuple[_Offsets, _Offsets]:
@@ -315,15 +324,17 @@ def _name(value: Any) -> str:
     return describe(value)
 
 
-def check_metadata(record: MetadataRecord, *, file: str) -> MetadataFields:
-    """Check every field of a ``Metadata``.
+def check_metadata(record: MetadataRecord, *, file: str, size: int) -> MetadataFields:
+    """Check every field of a ``Metadata`` from a pickle of `size` bytes.
 
     Raises
     ------
     FormatError
         If a field has another type than torch gives it; the error names key and file.
+    LimitExceededError
+        If tensors list more chunks than the pickle can hold, or have too many axes.
     """
-    checker = Checker(file)
+    checker = Checker(file, size=size)
     state, entries = checker.entries(record)
     checker.storage_data(state.get("storage_data"))
     tensors: list[TensorFields] = []

@@ -76,7 +76,7 @@ def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> Joine
     ShardpointError
         As `check_metadata`; the error without runs may be another.
     """
-    checker = Checker(file)
+    checker = Checker(file, size=len(runs.data))
     values = TableValues(runs.data, runs.tables, runs.memo)
     state, entries = checker.entries(record)
     tensors: list[TensorFields] = []
@@ -240,6 +240,8 @@ def _boxes(
         np.int64,
     )
     total = int(counts.sum())
+    if total > checker.size:
+        raise RunsRefused
     ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)
     wide = int(ndim.max(initial=0))
     offsets = np.zeros((total, wide), np.int64)

@@ -123,7 +123,8 @@ def _no_collection(size: int) -> Iterator[None]:
 
 def _read_fields(data: bytes, file: str) -> MetadataFields:
     """Read a pickle step by step."""
-    return check_metadata(load_metadata_pickle(data, source=f"file {file!r}"), file=file)
+    record = load_metadata_pickle(data, source=f"file {file!r}")
+    return check_metadata(record, file=file, size=len(data))
 
 
 def _read_part(data: bytes, file: str) -> MetadataFields:
