@@ -26,6 +26,7 @@ Encode: TypeAlias = "Callable[[Iterable[memoryview], int | None], Iterable[Bytes
 used only until the next one is taken."""
 
 _ALONE = 64  # frames of a record that are encoded in its own thread: they are small ones
+_GATHERED = 256 << 10  # bytes of frames that are written at once
 _AHEAD = 2  # frames in the making, for each thread
 
 
@@ -98,10 +99,10 @@ class _EncodedSource:
 
     def blocks(self, block_size: int) -> Iterator[memoryview]:
         """See `TensorSource`."""
-        for piece in self._encode(self._plain(block_size), self._element_size):
-            view = memoryview(piece).cast("B")
-            for start in range(0, len(view), block_size):
-                yield view[start : start + block_size]
+        pieces = self._encode(self._plain(block_size), self._element_size)
+        for block in _gathered(pieces, min(_GATHERED, block_size)):
+            for start in range(0, len(block), block_size):
+                yield block[start : start + block_size]
 
     def _plain(self, block_size: int) -> Iterator[memoryview]:
         """Yield the record, and note where its payload is."""
@@ -120,6 +121,20 @@ class _EncodedSource:
         self._payload.offset, self._payload.length = len(head), length
         self._payload.checksum = checksum
         yield tail
+
+
+def _gathered(pieces: Iterable[BytesLike], enough: int) -> Iterator[memoryview]:
+    """Yield the same bytes in pieces that are worth a call of the store each, but the last."""
+    held: list[BytesLike] = []
+    nbytes = 0
+    for piece in pieces:
+        held.append(piece)
+        nbytes += len(piece)
+        if nbytes >= enough:
+            yield memoryview(b"".join(held))
+            held, nbytes = [], 0
+    if held:
+        yield memoryview(b"".join(held))
 
 
 @contextmanager

@@ -133,12 +133,11 @@ class _Encoder:
 
     def _encode(self, data: bytearray, size: int) -> bytes:
         count = len(data) // size
-        planes = np.frombuffer(data, np.uint8, count * size).reshape(count, size).T
-        stored: list[bytes] = []
-        for plane in planes:
-            plain = plane.tobytes()
-            packed = self._compressor().compress(plain) if count > _SMALL else plain
-            stored.append(packed if len(packed) < count else plain)
+        elements = np.frombuffer(data, np.uint8, count * size).reshape(count, size)
+        stored: list[bytes | memoryview] = []
+        for plane in np.ascontiguousarray(elements.T):
+            packed = self._compressor().compress(plane.data) if count > _SMALL else plane.data
+            stored.append(packed if len(packed) < count else plane.data)
         lengths = np.array([len(plane) for plane in stored], "<u4").tobytes()
         return b"".join((bytes([size]), lengths, *stored, data[count * size :]))
 
