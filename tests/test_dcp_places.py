@@ -25,6 +25,7 @@ import shardpoint.dcp as ours
 from shardpoint.dcp._file_system_storage import FileSystemStorage
 from shardpoint.dcp.extension import ZStandard
 from shardpoint.dcp.filesystem import FileSystem, FileSystemBase
+from shardpoint.dcp.format_utils import dcp_to_torch_save
 from shardpoint.errors import CheckpointExistsError
 from shardpoint.storage import LocalStorage, Storage, storage_at
 from storage_conformance import StorageConformance
@@ -177,6 +178,37 @@ def test_failed_save_to_a_store_keeps_the_old_checkpoint(memory_url: str, monkey
     target = empty()
     ours.load(target, checkpoint_id=memory_url)
     assert_same(target, state(2))
+
+
+class ObjectStore(MemoryFileSystem):
+    """A store as clouds have them: no folders, only names with slashes in them."""
+
+    protocol = "objects"
+
+    def mkdir(self, path: str, *_: Any, **__: Any) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def isdir(self, path: str) -> bool:
+        return any(name.startswith(path.rstrip("/") + "/") for name in self.store)
+
+
+def test_stores_without_folders(memory_url: str) -> None:
+    fsspec.register_implementation("objects", ObjectStore, clobber=True)
+    url = memory_url.replace("memory://", "objects:///")
+    assert not storage_at(url).exists()
+    for seed in (1, 2):
+        ours.save(state(seed), checkpoint_id=url)
+        target = empty()
+        ours.load(target, checkpoint_id=url)
+        assert_same(target, state(seed))
+        dcp_to_torch_save(url, f"{url}-files/state.pt")
+        with shardpoint.open(f"{url}-files/state.pt") as checkpoint:
+            assert checkpoint["step"] == seed
+    assert storage_at(f"{url}-files").list() == ["state.pt"]
+    assert len(storage_at(url).list()) == 3  # data, index, metadata
 
 
 def test_unknown_protocol_is_said_when_saving_and_loading() -> None:

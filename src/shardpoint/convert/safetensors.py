@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 
+from shardpoint.convert.placing import place_name, remove_quietly
 from shardpoint.convert.source import Source, flat_bytes
 from shardpoint.engine.sources import RecordSource
 from shardpoint.engine.writing import write_files
-from shardpoint.errors import NotSupportedError, PlanError, Problem, ShardpointError
+from shardpoint.errors import NotSupportedError, PlanError, Problem
 from shardpoint.formats.huggingface_writing import (
     FULL_METADATA,
     INDEX_NAME,
@@ -20,7 +20,7 @@ from shardpoint.formats.safetensors import encode_header
 from shardpoint.storage import Storage, storage_at
 from shardpoint.transforms import Transform
 
-__all__ = ["place_name", "to_safetensors", "write_full_files"]
+__all__ = ["to_safetensors", "write_full_files"]
 
 
 def to_safetensors(
@@ -132,7 +132,7 @@ def write_full_files(
                 storage.rename(place, names[number])
     except BaseException:
         for place in set(places.values()) - set(names.values()):
-            _remove_quietly(storage, place)
+            remove_quietly(storage, place)
         raise
     if sync:
         storage.sync()
@@ -140,25 +140,6 @@ def write_full_files(
     weight_map = {keys[row]: names[number] for number, some in rows.items() for row in some}
     total = sum(source.nbytes(row) for some in rows.values() for row in some)
     return weight_map, total
-
-
-def place_name(storage: Storage, name: str) -> str:
-    """Return where a file is written that is to be called `name` when it is complete.
-
-    A store in which renaming copies gets it there at once, unless one is there already.
-    """
-    if storage.rename_copies and not storage.has(name):
-        return name
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}.{base}.{secrets.token_hex(8)}.tmp"
-
-
-def _remove_quietly(storage: Storage, name: str) -> None:
-    """Remove what a failed step left; the step's own error is the one that counts."""
-    try:
-        storage.remove(name)
-    except ShardpointError:
-        return
 
 
 def _records(source: Source, rows: list[int]) -> list[RecordSource]:

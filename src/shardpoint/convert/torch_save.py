@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from shardpoint.convert.placing import place_name, remove_quietly
 from shardpoint.convert.source import Allowed, Source, flat_bytes
-from shardpoint.errors import CheckpointNotFoundError, ShardpointError
+from shardpoint.errors import CheckpointNotFoundError
 from shardpoint.formats.torch_save_writing import torch_save_length, torch_save_pieces
 from shardpoint.formats.value_pickling import StoredTensor, pickle_value, tensor_bytes
 from shardpoint.storage import Buffer, Storage, WritableFile, storage_at
@@ -79,17 +79,18 @@ def to_torch_save(
 
     storage, name = _split(target)
     storage.prepare()
-    temporary = f".{name}.{secrets.token_hex(8)}.tmp"
+    place = place_name(storage, name)
     try:
-        with storage.create(temporary, size=torch_save_length(pickle, sizes)) as file:
+        with storage.create(place, size=torch_save_length(pickle, sizes)) as file:
             _write(file, torch_save_pieces(pickle, sizes, blocks))
             if sync:
                 file.sync()
-        storage.rename(temporary, name)
+        if place != name:
+            storage.rename(place, name)
         if sync:
             storage.sync()
     except BaseException:
-        _remove_quietly(storage, temporary)
+        remove_quietly(storage, place)
         raise
 
 
@@ -124,11 +125,3 @@ def _write(file: WritableFile, pieces: Iterator[Any]) -> None:
             waiting, size = [], 0
     if waiting:
         file.write_from(offset, waiting)
-
-
-def _remove_quietly(storage: Storage, name: str) -> None:
-    """Remove what a failed conversion left; its own error is the one that counts."""
-    try:
-        storage.remove(name)
-    except ShardpointError:
-        return

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from shardpoint.convert import to_safetensors
-from shardpoint.convert.safetensors import place_name, write_full_files
+from shardpoint.convert.placing import place_name
+from shardpoint.convert.safetensors import write_full_files
 from shardpoint.convert.source import Source
 from shardpoint.coordination import gather_scatter
 from shardpoint.dcp._file_system import storage_of
