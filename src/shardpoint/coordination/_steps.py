@@ -82,7 +82,8 @@ def broadcast_result(coordinator: Coordinator, step: str, function: Callable[[],
     result: object = None
     if coordinator.is_coordinator:
         result, failure = _attempt(function)
-        payload, failure = _packed(result, failure, pickle.dumps)
+        alone = coordinator.world_size == 1 and failure is None
+        payload, failure = (b"", None) if alone else _packed(result, failure, pickle.dumps)
     try:
         received = coordinator.broadcast(payload)
         if payload is None:

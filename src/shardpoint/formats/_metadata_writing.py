@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,22 @@ class _Memo:
         if fetch is None:
             fetch = self._texts[value] = self.define(_text(value))
         return fetch
+
+    def texts(self, values: Iterable[str]) -> dict[str, bytes]:
+        """Return the fetches of these texts, and of all others met so far."""
+        texts, known, output = self._texts, self._known, self._output
+        for value in values:
+            if value in texts:
+                continue
+            definition = _text(value)
+            number = len(known)
+            if number < 1 << 8 or definition in known:
+                texts[value] = self.define(definition)
+                continue
+            output.append(definition)
+            output.append(b"\x940")  # MEMOIZE POP
+            texts[value] = known[definition] = _LONG_FETCH(b"j", number)
+        return texts
 
     def name(self, module: str, name: str) -> bytes:
         return self.define(self.text(module) + self.text(name) + b"\x93")
@@ -131,8 +147,8 @@ class _Writer:
         self.known_properties: dict[tuple[int, int, bool, bool], bytes] = {}
 
     def keys(self) -> dict[str, bytes]:
-        """Fetches for all keys."""
-        return {key: self.memo.text(key) for key in self.index.key_order}
+        """Fetches for all keys, and other texts."""
+        return self.memo.texts(self.index.key_order)
 
     def entries(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
         """``state_dict_metadata``."""
@@ -249,10 +265,17 @@ class _Writer:
             yield b"N"
             return
         text = self.memo.text
+        known: dict[str | int, bytes] = {}  # few parts are met only once
         yield b"}("
         for key, path in paths.items():
+            parts = [known.get(part) for part in path]
+            if None in parts:
+                for part in path:
+                    if part not in known:
+                        known[part] = text(part) if isinstance(part, str) else _integer(part)
+                parts = [known[part] for part in path]
             yield text(key)
-            yield _tuple([text(part) if isinstance(part, str) else _integer(part) for part in path])
+            yield _tuple(cast("list[bytes]", parts))
         yield b"u"
 
     def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
