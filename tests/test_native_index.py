@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,6 +52,7 @@ from shardpoint.index import (
     Payloads,
     Tensors,
 )
+from shardpoint.planning.validate import find_problems
 from shardpoint.storage import LocalStorage
 
 STAMP = stamp_of(b"what .metadata holds")
@@ -334,6 +336,16 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], type[ShardpointError]
         FormatError,
         "length",
     ),
+    "payload outside, further on": (
+        lambda c: (
+            _set("chunks.transform", slice(None), 0)(c)
+            or _set("chunks.container", slice(None), 0)(c)
+            or _set("payloads.offset", -1, 1 << 52)(c)
+            or _set("payloads.length", -1, 9)(c)
+        ),
+        FormatError,
+        "row 5: a chunk's payload is outside its record",
+    ),
     "negative strides": (_set("payloads.strides", (0, 0), -1), FormatError, "strides"),
     "no such flag": (_set("payloads.flags", 0, 4), FormatError, "flags"),
     "blocks fall": (_set("blocks.first", 1, 10_000), FormatError, "blocks.first"),
@@ -369,7 +381,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], type[ShardpointError]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_columns_are_refused(name: str) -> None:
+def test_hostile_columns_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardpoint.formats._index_checks._SLAB", 2)
     change, kind, match = HOSTILE[name]
     container = read_container(memoryview(write_index(small_index(), STAMP)), file="x.index")
     columns = {
@@ -534,3 +547,24 @@ def test_the_metadata_says_what_the_index_says(tmp_path: Path) -> None:
     assert differing <= {".metadata_files", ".chunks.payloads", ".chunks.record_checksum"} | {
         name for name in ours if name.startswith(".chunks.payloads.")
     }
+
+
+@settings(max_examples=300)
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=8),
+    cut=st.integers(0, 40),
+)
+def test_any_bytes_with_a_right_checksum_give_an_index_or_an_error_of_ours(
+    edits: list[tuple[int, int]], cut: int
+) -> None:
+    data = bytearray(write_index(small_index(), STAMP))
+    for position, value in edits:
+        data[position % len(data)] = value
+    if cut > 30:
+        del data[-(cut - 30) - 4 : -4]
+    data[-4:] = zlib.crc32(data[:-4]).to_bytes(4, "little")
+    try:
+        index = read(data)
+    except ShardpointError:
+        return
+    find_problems(index, rows=None, file_sizes=None)

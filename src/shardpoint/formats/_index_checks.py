@@ -33,6 +33,7 @@ __all__ = ["check_columns", "check_first"]
 _MAX_FORMAT = 4  # values of torch's _MEM_FORMAT_ENCODING are 0 to 3
 _HIGHEST = np.iinfo(np.int64).max
 _FULL32 = 0xFFFFFFFF
+_SLAB = 1 << 15  # rows whose intermediate results stay in the processor's cache
 
 
 def check_columns(index: CheckpointIndex, *, file: str) -> None:
@@ -86,9 +87,11 @@ class _Checks:
             f"column {name!r}, row {row}: {column[row].tolist()} is not from {lowest} to {highest}"
         )
 
-    def first_wrong(self, wrong: npt.NDArray[np.bool_] | np.bool_, message: str) -> None:
+    def first_wrong(
+        self, wrong: npt.NDArray[np.bool_] | np.bool_, message: str, *, after: int = 0
+    ) -> None:
         if wrong.any():
-            self.fail(f"row {int(np.flatnonzero(wrong)[0])}: {message}")
+            self.fail(f"row {after + int(np.flatnonzero(wrong)[0])}: {message}")
 
     def tensors(self, tensors: Tensors) -> None:
         axes = tensors.shape.shape[1]
@@ -115,9 +118,9 @@ class _Checks:
     def no_overflow(
         self, start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], name: str
     ) -> None:
-        """Check that no end is past what 64 bits hold; both columns are not negative."""
+        """Check that no end is past what 64 bits hold; what is `UNKNOWN` has none."""
         if start.max(initial=0) > _HIGHEST - length.max(initial=0):
-            wrong = start > _HIGHEST - length
+            wrong = start > _HIGHEST - np.maximum(length, 0)
             self.first_wrong(
                 wrong.reshape(len(wrong), -1).any(axis=1),
                 f"the end that {name!r} gives does not fit into 64 bits",
@@ -147,26 +150,34 @@ class _Checks:
         self.between(payloads.strides, 0, _HIGHEST, "payloads.strides")
         self.between(payloads.checksum, UNKNOWN, _FULL32, "payloads.checksum")
         self.between(payloads.flags, 0, CONJUGATE | NEGATIVE, "payloads.flags")
-        known = payloads.offset != UNKNOWN
-        self.first_wrong(known & (payloads.length < 0), "a known payload has no length")
-        self.no_overflow(
-            np.maximum(payloads.offset, 0), np.maximum(payloads.length, 0), "payloads.length"
-        )
-        plain = (chunks.transform == 0) & (chunks.container != Container.SAFETENSORS_IMAGE)
-        end = chunks.record_offset + chunks.record_length
-        outside = (payloads.offset < chunks.record_offset) | (
-            payloads.offset + payloads.length > end
-        )
-        self.first_wrong(known & plain & outside, "a chunk's payload is outside its record")
+        self.no_overflow(payloads.offset, payloads.length, "payloads.length")
+        for start in range(0, len(chunks), _SLAB):
+            self.payload_spans(chunks, payloads, slice(start, start + _SLAB))
+
+    def payload_spans(self, chunks: Chunks, payloads: Payloads, rows: slice) -> None:
+        offset, length = payloads.offset[rows], payloads.length[rows]
+        start = chunks.record_offset[rows]
+        end = start + chunks.record_length[rows]
+        known = offset != UNKNOWN
+        no_length = known & (length < 0)
+        self.first_wrong(no_length, "a known payload has no length", after=rows.start)
+        is_image = chunks.container[rows] == Container.SAFETENSORS_IMAGE
+        plain = (chunks.transform[rows] == 0) & ~is_image
+        outside = known & plain & ((offset < start) | (offset + length > end))
+        self.first_wrong(outside, "a chunk's payload is outside its record", after=rows.start)
 
     def blocks(self, chunks: Chunks, blocks: BlockChecksums) -> None:
-        counts = np.diff(blocks.first)
-        has_blocks = counts > 0
-        if not has_blocks.any():
-            return
         payloads = chunks.payloads
         if payloads is None:
-            self.fail("there are checksums of blocks of payloads that are not known")
-        wanted = -(-payloads.length // blocks.block_size)
-        wrong = (payloads.offset == UNKNOWN) | (chunks.transform != 0) | (counts != wanted)
-        self.first_wrong(has_blocks & wrong, "a chunk has checksums of other blocks than it has")
+            if blocks.first[-1]:
+                self.fail("there are checksums of blocks of payloads that are not known")
+            return
+        for start in range(0, len(chunks), _SLAB):
+            rows = slice(start, start + _SLAB)
+            counts = np.diff(blocks.first[start : start + _SLAB + 1])
+            wanted = -(-payloads.length[rows] // blocks.block_size)
+            unfit = (payloads.offset[rows] == UNKNOWN) | (chunks.transform[rows] != 0)
+            wrong = (counts > 0) & (unfit | (counts != wanted))
+            self.first_wrong(
+                wrong, "a chunk has checksums of other blocks than it has", after=start
+            )
