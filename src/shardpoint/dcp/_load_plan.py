@@ -15,6 +15,7 @@ from shardpoint.dcp._read_items import LocalRegions, Reads, ReadTable
 from shardpoint.dcp._tensors import is_narrowing, torch_dtype
 from shardpoint.dcp.planner import LoadPlan
 from shardpoint.dtypes import BY_CODE
+from shardpoint.engine.collector import collection_paused
 from shardpoint.errors import (
     NarrowingWarning,
     NotSupportedError,
@@ -30,6 +31,7 @@ _SHOWN = 5
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+@collection_paused()
 def plan_load(
     state_dict: Mapping[str, Any],
     index: CheckpointIndex,

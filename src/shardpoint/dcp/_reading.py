@@ -16,6 +16,7 @@ from shardpoint.dcp._tensors import dtype_of, host_memory, put_values
 from shardpoint.dcp.default_planner import DefaultLoadPlanner
 from shardpoint.dcp.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from shardpoint.dtypes import DType
+from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.reading import (
     ReadRequest,
     ReadStatistics,
@@ -76,20 +77,21 @@ def _by_columns(
     finder: TransformFinder,
 ) -> ReadStatistics:
     regions = reads.regions
-    targets = StateTargets(planner.state_dict, regions, index.tensors)
-    rows = _object_rows(index, reads.objects)
-    keys = index.objects.keys
-    found = stored_objects(
-        index,
-        storage,
-        rows,
-        factory=TorchFactory(),
-        allowed=planner.allowed,
-        verify=verify,
-        finder=finder,
-    )
-    for row, value in found:
-        planner.put_object(keys[row], value)
+    with collection_paused():
+        targets = StateTargets(planner.state_dict, regions, index.tensors)
+        rows = _object_rows(index, reads.objects)
+        keys = index.objects.keys
+        found = stored_objects(
+            index,
+            storage,
+            rows,
+            factory=TorchFactory(),
+            allowed=planner.allowed,
+            verify=verify,
+            finder=finder,
+        )
+        for row, value in found:
+            planner.put_object(keys[row], value)
     statistics = read_regions(
         index,
         storage,

@@ -385,7 +385,8 @@ class FileSystemReader(StoragePlace, StorageReader):
         return is_place(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._index, self.storage = self._open(kwargs.get("rank"))
+        with collection_paused():
+            self._index, self.storage = self._open(kwargs.get("rank"))
         metadata = metadata_of(self._index, _StorageInfo)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any, TypeAlias, TypeVar
 
 from shardpoint.engine._files import OpenFiles
+from shardpoint.engine._numbers import read_numbers
 from shardpoint.errors import (
     CorruptionError,
     FormatError,
@@ -247,7 +248,8 @@ def read_objects(
     Yields
     ------
     (row, value)
-        Those that the index holds, then the others in the order of the files.
+        Those that the index holds, then the others in the order of the files, plain numbers
+        first.
     """
     objects = index.objects
     stored = []
@@ -256,6 +258,11 @@ def read_objects(
             yield row, objects.values[objects.keys[row]]
         else:
             stored.append(row)
+    done = set()
+    for row, number in read_numbers(index, storage, list(dict.fromkeys(stored)), verify=verify):
+        done.add(row)
+        yield row, number
+    stored = [row for row in stored if row not in done]
     for row, record in read_object_records(
         index, storage, stored, verify=verify, failures=failures, finder=finder
     ):

@@ -40,6 +40,7 @@ from shardpoint.engine._transfer import (
     read_extent,
 )
 from shardpoint.engine._transformed import find_payload, open_decoded
+from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.executor import run_tasks
 from shardpoint.engine.objects import read_object
 from shardpoint.engine.targets import (
@@ -174,10 +175,11 @@ def read_regions(
 ) -> ReadStatistics:
     """Fill regions that are given in columns; all else as `read_tensors` does."""
     started = time.perf_counter()
-    pairs = plan_reads(index, storage, wanted)
-    segments, taken = find_segments(index, wanted, pairs, targets.dense())
-    works = works_of(index, wanted, pairs.take(np.flatnonzero(~taken)))
-    progress = Progress(np.bincount(pairs.number, minlength=len(wanted)), targets)
+    with collection_paused():
+        pairs = plan_reads(index, storage, wanted)
+        segments, taken = find_segments(index, wanted, pairs, targets.dense())
+        works = works_of(index, wanted, pairs.take(np.flatnonzero(~taken)))
+        progress = Progress(np.bincount(pairs.number, minlength=len(wanted)), targets)
     with OpenFiles(storage) as files:
         operation = _Operation(
             index,

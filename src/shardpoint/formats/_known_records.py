@@ -20,7 +20,14 @@ from shardpoint.formats._record_layout import FINGERPRINT_LENGTH, TensorRecordLa
 from shardpoint.formats._record_members import TensorPayload
 from shardpoint.formats.checksum import crc32
 
-__all__ = ["Template", "find_known_payload", "known_object_pickle", "remember_payload"]
+__all__ = [
+    "Template",
+    "find_known_payload",
+    "known_object_pickle",
+    "object_template",
+    "pickle_length",
+    "remember_payload",
+]
 
 _MOST_PICKLE_BYTES = 4096
 _MOST_LENGTHS = 1024
@@ -59,6 +66,10 @@ class Template:
         form = struct.Struct("<" + "".join(f"{size}s" for size in sizes))
         return cls(form, tuple(constants))
 
+    def field_sizes(self) -> list[int]:
+        """Return the bytes of each field, in their order."""
+        return [int(size) for size in self.form.format[1:].split("s")[1:-1:2]]
+
     def match(self, data: bytes | memoryview) -> tuple[bytes, ...] | None:
         """Return the fields of bytes of the right length; None if a constant piece differs."""
         pieces: tuple[bytes, ...] = self.form.unpack(data)
@@ -69,19 +80,20 @@ class Template:
 
 
 @functools.lru_cache(maxsize=_MOST_LENGTHS)
-def _object_template(pickle_length: int) -> Template:
-    frame = object_frame(pickle_length)
-    fields = [(frame.pickle_at, pickle_length), (frame.fingerprint_at, FINGERPRINT_LENGTH)]
+def object_template(length: int) -> Template:
+    """Return what the records of objects have in common whose pickles have one length."""
+    frame = object_frame(length)
+    fields = [(frame.pickle_at, length), (frame.fingerprint_at, FINGERPRINT_LENGTH)]
     fields += [(at, 4) for at in (*frame.pickle_crcs_at, *frame.fingerprint_crcs_at)]
     return Template.of(frame.record, fields)
 
 
 def known_object_pickle(record: memoryview) -> bytes | None:
     """Return the pickle of an object's record, its CRC-32 compared; None if not known."""
-    length = _pickle_length(record)
+    length = pickle_length(record)
     if length is None:
         return None
-    template = _object_template(length)
+    template = object_template(length)
     if template.form.size != len(record):
         return None
     fields = template.match(record)
@@ -101,7 +113,8 @@ def _from_end() -> tuple[int, int]:
     return len(frame.record) - frame.pickle_size_at, len(frame.record)
 
 
-def _pickle_length(record: memoryview) -> int | None:
+def pickle_length(record: memoryview) -> int | None:
+    """Return the length of a record's pickle, if it is an object's of the usual form."""
     from_end, least = _from_end()
     if len(record) < least:
         return None

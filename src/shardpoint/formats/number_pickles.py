@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["UNKNOWN_PICKLE", "number_of"]
+__all__ = ["FLOAT_BEGIN", "FLOAT_SIZE", "UNKNOWN_PICKLE", "number_of"]
 
 
 class _Unknown:
@@ -19,11 +19,15 @@ UNKNOWN_PICKLE = _Unknown()
 """Stands for a pickle of something else."""
 
 _FLOAT = struct.Struct(">3sds")
+FLOAT_SIZE = _FLOAT.size
+FLOAT_BEGIN = b"\x80\x02G"
+"""A float's pickle is this, its eight bytes from the highest to the lowest, and a full stop."""
+
 _INTEGER = struct.Struct("<3sis")
 _SHORT = struct.Struct("<3sHs")
 _BYTE = struct.Struct("<3sBs")
 _BY_LENGTH = {
-    _FLOAT.size: (_FLOAT, b"\x80\x02G"),
+    _FLOAT.size: (_FLOAT, FLOAT_BEGIN),
     _INTEGER.size: (_INTEGER, b"\x80\x02J"),
     _SHORT.size: (_SHORT, b"\x80\x02M"),
     _BYTE.size: (_BYTE, b"\x80\x02K"),
