@@ -254,6 +254,22 @@ def test_verify_lists_problems_and_exits_with_1(tmp_path: Path, capsys: Captured
     assert shown.endswith("1 problem\n")
 
 
+def test_conversions(tmp_path: Path, capsys: Captured) -> None:
+    files = PUBLIC / "2.13.0" / "hf_dist_mapped_w2" / "ckpt"
+    for form, target in (("dcp", "a"), ("torch", "b.pt"), ("safetensors", "c")):
+        done = run_json(capsys, "convert", "--to", form, files, tmp_path / target)
+        assert done["format"] == form
+        assert run("verify", tmp_path / target) == 0
+        capsys.readouterr()
+        listed = run_json(capsys, "ls", tmp_path / target)
+        keys = {entry["key"] for entry in listed["entries"]}
+        assert keys == {entry["key"] for entry in run_json(capsys, "ls", files)["entries"]}
+    assert run("convert", "--to", "torch", tmp_path / "a", tmp_path / "d.pt") == 0
+    assert "written as torch" in capsys.readouterr().out
+    assert run("convert", "--to", "safetensors", PLAIN, tmp_path / "e") == 2
+    assert "safetensors holds tensors only" in capsys.readouterr().err
+
+
 def test_quick_verification_looks_at_sizes_only(tmp_path: Path, capsys: Captured) -> None:
     place = changed(tmp_path, "dtypes.float64")
     report = run_json(capsys, "verify", "--quick", place)

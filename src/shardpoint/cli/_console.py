@@ -139,6 +139,9 @@ class ConsoleOutput:
         found = counted(len(report.problems), "problem") if report.problems else "no problems"
         self._line(found, style="bold red" if report.problems else "bold green")
 
+    def converted(self, path: str, target: str, form: str) -> None:
+        self._line(f"{printable(path)}: written as {form} to {printable(target)}")
+
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
         if not self._error_stream.isatty():

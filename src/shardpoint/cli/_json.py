@@ -35,6 +35,9 @@ class JsonOutput:
         fields = dataclasses.asdict(report)
         self._write({"path": path, "ok": report.ok, "quick": quick, **fields})
 
+    def converted(self, path: str, target: str, form: str) -> None:
+        self._write({"path": path, "target": target, "format": form})
+
     def progress(self) -> AbstractContextManager[Progress | None]:
         return nullcontext()
 

@@ -6,7 +6,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shardpoint import __version__
 from shardpoint.checkpoint import open as open_checkpoint
@@ -19,10 +19,17 @@ from shardpoint.cli._facts import (
 from shardpoint.cli._json import JsonOutput
 from shardpoint.cli._output import Output
 from shardpoint.cli._text import one_line
+from shardpoint.convert import to_checkpoint, to_safetensors, to_torch_save
 from shardpoint.errors import ShardpointError
 from shardpoint.transforms import AesGcm
 
 __all__ = ["main"]
+
+_CONVERSIONS: Mapping[str, Callable[..., None]] = {
+    "dcp": to_checkpoint,
+    "safetensors": to_safetensors,
+    "torch": to_torch_save,
+}
 
 _FINE = 0
 _PROBLEMS = 1
@@ -84,11 +91,12 @@ def _output(*, json: bool) -> Output | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="shardpoint", description="Look into checkpoints and verify them, without torch."
+        prog="shardpoint",
+        description="Look into checkpoints, verify and convert them, without torch.",
     )
     parser.add_argument("--version", action="version", version=f"shardpoint {__version__}")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("path", metavar="PATH", help="a checkpoint: a folder or a file")
+    shared.add_argument("path", metavar="PATH", help="a checkpoint: a folder, a file or a URL")
     shared.add_argument("--json", action="store_true", help="write JSON")
     shared.add_argument(
         "--key-file",
@@ -114,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--quick", action="store_true", help="only the structure and the sizes of the files"
     )
+    convert = commands.add_parser(
+        "convert", parents=[shared], help="write it in another format; encryption is undone"
+    )
+    convert.add_argument("target", metavar="TARGET", help="the folder or file to write")
+    convert.add_argument(
+        "--to",
+        choices=sorted(_CONVERSIONS),
+        required=True,
+        help="dcp: torch.distributed.checkpoint; safetensors: one file with an index; "
+        "torch: one torch.save file",
+    )
     return parser
 
 
@@ -129,6 +148,10 @@ def _read_key(name: str) -> bytes:
 
 def _run(options: argparse.Namespace, output: Output) -> int:
     transforms = [] if options.key_file is None else [AesGcm(_read_key(options.key_file))]
+    if options.command == "convert":
+        _CONVERSIONS[options.to](options.path, options.target, transforms=transforms)
+        output.converted(options.path, options.target, options.to)
+        return _FINE
     with open_checkpoint(options.path, transforms=transforms) as checkpoint:
         if options.command == "ls":
             output.listing(gather_listing(checkpoint, options.path, options.prefix))

@@ -34,6 +34,10 @@ class Output(Protocol):
         """Write what ``verify`` found."""
         ...
 
+    def converted(self, path: str, target: str, form: str) -> None:
+        """Write what ``convert`` has done."""
+        ...
+
     def progress(self) -> AbstractContextManager[Progress | None]:
         """Show how far a verification is, on standard error, where someone may be watching."""
         ...
