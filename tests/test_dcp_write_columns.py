@@ -69,7 +69,7 @@ def _tensors(draw: st.DrawFn) -> torch.Tensor:
     dtype = draw(st.sampled_from(_DTYPES))
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
     if draw(st.integers(0, 9)) == 0:
-        shape = (*shape, 40_000)  # several blocks
+        shape = (draw(st.integers(0, 2)), 40_000)  # several blocks, and large records
     tensor = _filled(shape, dtype, draw(st.integers(0, 99)))
     form = draw(st.sampled_from(["plain", "transposed", "strided", "expanded", "lazy", "leaf"]))
     if form == "transposed":
@@ -154,7 +154,9 @@ def test_columns_agree_with_the_files_and_both_ways_write_the_same(
     _check_rows(folder / "b", _save(state, folder / "b", _ObjectPlanner(), **options), state)
     files = sorted(p.name for p in (folder / "a").glob("*.distcp"))
     assert files == sorted(p.name for p in (folder / "b").glob("*.distcp"))
-    if threads == 1 and single:
+    sizes = [v.nbytes for v in values if isinstance(v, torch.Tensor)]
+    # The payloads of large records are aligned to the file, whose place only the writer knows.
+    if threads == 1 and single and max(sizes, default=0) < 200_000:
         assert (folder / "a" / files[0]).read_bytes() == _from_items(folder / "c", state)
 
 
