@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import shardpoint.dcp as dcp
 from shardpoint.cli import main as cli
 from shardpoint.dcp import extension as ours
 from shardpoint.dcp.api import CheckpointException
+from shardpoint.engine import reading
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ArraySink, ReadRequest, read_tensors
 from shardpoint.errors import (
@@ -33,6 +35,7 @@ from shardpoint.transforms import (
     MemoryRecord,
     Origin,
     RecordBytes,
+    ShuffleZstd,
     Tally,
     Transforms,
     read_at,
@@ -450,3 +453,37 @@ def test_extensions_can_be_sent_to_another_process() -> None:
         stream.close()
         assert extension.transform_from(io.BytesIO(output.getvalue())).read() == data
         assert copied.get_descriptor() == extension.get_descriptor()
+
+
+class _Meeting:
+    """A record whose readers go on when two of them are there."""
+
+    def __init__(self, record: RecordBytes, barrier: threading.Barrier) -> None:
+        self._record = record
+        self._barrier = barrier
+        self.size = record.size
+
+    def read_into(self, offset: int, buffers: Sequence[bytearray | memoryview]) -> None:
+        if sum(map(len, buffers)) > 100_000:  # not a header
+            self._barrier.wait(timeout=30)
+        self._record.read_into(offset, buffers)
+
+
+class _MeetingShuffle(ShuffleZstd):
+    barrier = threading.Barrier(2)
+
+    def undo(
+        self, stored: RecordBytes, version: str, *, most: int, origin: Origin, tally: Tally | None
+    ) -> RecordBytes:
+        record = super().undo(stored, version, most=most, origin=origin, tally=tally)
+        return _Meeting(record, self.barrier) if origin.key == "w" else record
+
+
+def test_a_large_chunk_is_decoded_by_several_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_PIECE", 210_000)  # four pieces of "w"
+    _save(dcp, tmp_path, CHAINS["shuffled"])
+    box = (slice(0, 700), slice(0, 600))
+    wanted, decoded = _tensor_bytes_decoded(tmp_path, box, [_MeetingShuffle()])
+    assert decoded < 1.5 * wanted

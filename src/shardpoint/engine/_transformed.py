@@ -11,7 +11,7 @@ from shardpoint.formats.checksum import crc32
 from shardpoint.index import UNKNOWN
 from shardpoint.transforms import Origin, RecordBytes, Tally, TransformFinder, open_record, read_at
 
-__all__ = ["find_payload", "open_decoded"]
+__all__ = ["decodes_in_parts", "find_payload", "open_decoded"]
 
 _RECORD_SLACK = 1 << 20  # what a record may have beside its payload
 
@@ -70,6 +70,13 @@ def open_decoded(
         origin=Origin(place.key, place.file, place.record_offset),
         tally=tally,
     )
+
+
+def decodes_in_parts(place: Place, finder: TransformFinder) -> bool:
+    """Whether opening a chunk's record decodes nothing, and reading from it what is read."""
+    origin = Origin(place.key, place.file, place.record_offset)
+    found = [finder.find(descriptor, origin) for descriptor in place.transforms]
+    return all(getattr(transform, "decodes_in_parts", False) for transform in found)
 
 
 def find_payload(place: Place, payload: Payload | None, record: RecordBytes) -> Payload:

@@ -39,7 +39,7 @@ from shardpoint.engine._transfer import (
     read_box,
     read_extent,
 )
-from shardpoint.engine._transformed import find_payload, open_decoded
+from shardpoint.engine._transformed import decodes_in_parts, find_payload, open_decoded
 from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.executor import run_tasks
 from shardpoint.engine.objects import read_object
@@ -270,7 +270,7 @@ class _Operation:
                     group = _Group()
                 group.add(work)
             elif work.place.transforms:
-                yield partial(self._read_transformed, work)
+                yield from self._transformed_tasks(work)
             else:
                 assert work.payload is not None
                 for part in work.parts:
@@ -295,11 +295,35 @@ class _Operation:
         with self._lock:
             self.metadata_bytes += surplus
 
+    def _transformed_tasks(self, work: ChunkWork) -> Iterator[_Task]:
+        """Yield one task for a chunk; several for a large one that can be decoded in parts."""
+        place = work.place
+        is_large = prod(place.sizes) * place.dtype.itemsize > _PIECE
+        if not is_large or not decodes_in_parts(place, self.finder):
+            yield partial(self._read_transformed, work)
+            return
+        record = self._decoded(work)
+        payload = find_payload(place, work.payload, record)
+        for part in work.parts:
+            yield from _PartRead(self, place, payload, part, record).tasks()
+
     def _read_transformed(self, work: ChunkWork) -> None:
         """Read parts of a chunk out of its decoded record; of frames only those they touch."""
         place = work.place
+        record = self._decoded(work)
+        payload = find_payload(place, work.payload, record)
+        if isinstance(record, MemoryRecord):
+            self._give(work, payload, record.memory(), 0)
+            return
+        for part in work.parts:
+            for task in _PartRead(self, place, payload, part, record).tasks():
+                task()
+
+    def _decoded(self, work: ChunkWork) -> RecordBytes:
+        """Return a chunk's record with its transforms undone."""
+        place = work.place
         checksums = self.index.chunks.record_checksum
-        record = open_decoded(
+        return open_decoded(
             self.files,
             place,
             work.payload,
@@ -309,13 +333,6 @@ class _Operation:
             finder=self.finder,
             tally=self.tally,
         )
-        payload = find_payload(place, work.payload, record)
-        if isinstance(record, MemoryRecord):
-            self._give(work, payload, record.memory(), 0)
-            return
-        for part in work.parts:
-            for task in _PartRead(self, place, payload, part, record).tasks():
-                task()
 
     def _give(self, work: ChunkWork, payload: Payload, record: memoryview, base: int) -> None:
         """Check a record that is in memory, and copy its parts to where they belong."""

@@ -107,7 +107,9 @@ class Tally:
 class Transform(Protocol):
     """Undoes what was done to records on their way into a file.
 
-    One object serves all records and all threads.
+    One object serves all records and all threads. One whose `undo` decodes nothing, but gives a
+    record that decodes what is read of it, may say so by an attribute ``decodes_in_parts``, true:
+    then large records are read by several threads.
     """
 
     @property

@@ -91,6 +91,7 @@ class AesGcm:
 
     name = _NAME
     descriptor = f"{_NAME}/{_VERSION}"
+    decodes_in_parts = True
 
     def __init__(
         self,

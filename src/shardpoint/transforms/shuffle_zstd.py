@@ -55,6 +55,7 @@ class ShuffleZstd:
 
     name = _NAME
     descriptor = f"{_NAME}/{_VERSION}"
+    decodes_in_parts = True
 
     def __init__(self, *, level: int = 1, frame_size: int = 64 << 10) -> None:
         if not 1 <= level <= 22:
