@@ -139,6 +139,31 @@ def test_tensor_subclass_is_copied_by_its_parts() -> None:
     assert not torch.equal(staged.codes, original.codes)
 
 
+class Wrapper(torch.Tensor):
+    """A subclass that knows no operation at all, not even copying."""
+
+    @staticmethod
+    def __new__(cls, rows: torch.Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, (9, *rows.shape), dtype=rows.dtype)
+        made.rows, made.note = rows, ["a"]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(function)
+
+
+def test_wrapper_subclass_is_copied_by_its_attributes() -> None:
+    original = Wrapper(torch.ones(4))
+    staged = BlockingAsyncStager().stage({"w": original})["w"]
+    original.rows.zero_()
+    original.note.append("b")
+    assert type(staged) is Wrapper
+    assert staged.shape == (9, 4)
+    assert staged.rows.tolist() == [1] * 4
+    assert staged.note == ["a"]
+
+
 def test_memory_is_used_again_when_the_copy_is_gone() -> None:
     state = {"x": torch.ones(10_000)}
     first = BlockingAsyncStager().stage(state)

@@ -88,7 +88,7 @@ class _Process:
             "kept": list(slabs),
             "new": [(number, slab.size) for number, slab in new],
             "main": _main_script(),
-            "folder": os.getcwd(),
+            "folder": _folder(),
             "rank": coordinator.rank,
             "world_size": coordinator.world_size,
             "coordinator_rank": coordinator.coordinator_rank,
@@ -152,6 +152,13 @@ def _dumped(request: Any, state: dict[str, Any]) -> tuple[bytes, Any]:
             "the planner, the storage writer or an object in the state cannot be pickled, which "
             f"saving in another process needs: {error}"
         ) from error
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed: only whole paths work then, as in this process
+        return None
 
 
 def _main_script() -> dict[str, Any]:

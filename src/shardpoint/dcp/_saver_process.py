@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def main() -> None:
             header = pickle.loads(channel.receive())  # noqa: S301  from our own parent
             _map_slabs(channel, memory, header)
             logger.setLevel(header["log_level"])
-            os.chdir(header["folder"])
+            with suppress(OSError):
+                os.chdir(header["folder"] or "/")
             answer = _save(channel, channel.receive(), header)
             channel.send(pickle.dumps(answer))
             del answer

@@ -41,6 +41,11 @@ class StateStager:
         Hold on to the memory: each call overwrites the copy that the one before returned.
     type_check
         Refuse objects other than numbers, strings, bytes, None and containers of them.
+
+    Attributes
+    ----------
+    last
+        With `keep`, the last copy.
     """
 
     def __init__(self, *, shared: bool, pinned: bool, keep: bool, type_check: bool) -> None:
@@ -48,10 +53,11 @@ class StateStager:
         self.pinned = pinned
         self.keep = keep
         self.type_check = type_check
+        self.last: dict[str, Any] | None = None
         self._kept: Lease | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kept": None}
+        return {**vars(self), "_kept": None, "last": None}
 
     def stage(self, state: Mapping[str, Any], *, non_blocking: bool) -> dict[str, Any]:
         """Return a copy of a state dict on the host; containers and objects are copied too.
@@ -68,12 +74,14 @@ class StateStager:
             lease = self._lease(layout.size)
             walk.copies = iter(copy_tensors(walk.tensors, layout, lease, non_blocking=non_blocking))
             staged: dict[str, Any] = walk.build(state)
+        if self.keep:
+            self.last = staged
         return staged
 
     def _lease(self, size: int) -> Lease:
         kept = self._kept
         if kept is None or kept.slab.size < size or kept.slab.shared != self.shared:
-            self._kept = kept = None  # before a new one is made
+            self._kept = self.last = kept = None  # before a new one is made
             kept = lease(size, shared=self.shared, pinned=self.pinned)
             if self.keep:
                 self._kept = kept
@@ -81,7 +89,7 @@ class StateStager:
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._kept = None
+        self._kept = self.last = None
 
 
 def memory_of(state: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -182,7 +190,30 @@ class _Walk:
             return type(value).__tensor_unflatten__(  # type: ignore[attr-defined]
                 inner, context, value.shape, value.stride()
             )
+        if _is_wrapper(value):
+            return _wrapper_like(value, {k: self.build(v) for k, v in vars(value).items()})
         return _copied_object(value)
+
+
+def _is_wrapper(value: torch.Tensor) -> bool:
+    """Whether a tensor subclass has no memory but that of its attributes."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.numel() > 0 and value.data_ptr() == 0 and not value.is_meta
+
+
+def _wrapper_like(value: torch.Tensor, attributes: dict[str, Any]) -> torch.Tensor:
+    """Return a wrapper like another, without asking its class, which may know no copying."""
+    with torch._C.DisableTorchFunctionSubclass():
+        made: torch.Tensor = torch.Tensor._make_wrapper_subclass(
+            type(value),
+            value.size(),
+            strides=value.stride(),
+            dtype=value.dtype,
+            device=value.device,
+            requires_grad=value.requires_grad,
+        )
+    vars(made).update(attributes)
+    return made
 
 
 def _parts(value: torch.Tensor) -> list[Any]:
@@ -193,7 +224,7 @@ def _parts(value: torch.Tensor) -> list[Any]:
         return [shard.tensor for shard in value.local_shards()]
     if hasattr(value, "__tensor_flatten__"):
         return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
-    return []
+    return list(vars(value).values()) if _is_wrapper(value) else []
 
 
 def _local(tensor: DTensor) -> torch.Tensor:

@@ -174,7 +174,6 @@ class BlockingAsyncStager(AsyncStager):
     def __init__(self, cache_staged_state_dict: bool = False, type_check: bool = False) -> None:
         self.cache_staged_state_dict = cache_staged_state_dict
         self.type_check = type_check
-        self.state_dict_cache: STATE_DICT_TYPE | None = None
         self._stager = StateStager(
             shared=False,
             pinned=cache_staged_state_dict,
@@ -182,8 +181,10 @@ class BlockingAsyncStager(AsyncStager):
             type_check=type_check,
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "state_dict_cache": None}
+    @property
+    def state_dict_cache(self) -> STATE_DICT_TYPE | None:
+        """The copy that is kept, with ``cache_staged_state_dict``."""
+        return self._stager.last
 
     def _share_memory(self, is_shared: bool) -> None:
         """Copy to memory that a saving process can read where it is, from now on."""
@@ -197,17 +198,13 @@ class BlockingAsyncStager(AsyncStager):
         PlanError
             If a value cannot be copied.
         """
-        staged = self._stager.stage(state_dict, non_blocking=False)
-        if self.cache_staged_state_dict:
-            self.state_dict_cache = staged
-        return staged
+        return self._stager.stage(state_dict, non_blocking=False)
 
     def synchronize_staging(self) -> None:
         """Do nothing: `stage` returns when all is copied."""
 
     def close(self) -> None:
         """Let go of the buffers."""
-        self.state_dict_cache = None
         self._stager.close()
 
 
