@@ -16,6 +16,7 @@ import numpy as np
 from shardpoint.formats._metadata_cursors import Int64s
 from shardpoint.formats._metadata_fields import Checker, MetadataFields, Place, TensorFields
 from shardpoint.formats._metadata_grammar import ChunkColumns, StorageColumns, TensorColumns
+from shardpoint.formats._metadata_matching import match_offsets
 from shardpoint.formats._metadata_records import MetadataRecord
 from shardpoint.formats._metadata_runs import RUN, MetadataRuns, Run
 from shardpoint.formats._metadata_values import TableValues
@@ -116,7 +117,7 @@ def join_runs(record: MetadataRecord, runs: MetadataRuns, *, file: str) -> Joine
     with_offset, tensor_of = with_offset[found], tensor_of[found]
     found = storage.axes[with_offset] == axes[tensor_of]
     with_offset, tensor_of = with_offset[found], tensor_of[found]
-    place_of = _match(
+    place_of = match_offsets(
         np.repeat(np.arange(len(tensors)), counts),
         offsets,
         counts,
@@ -370,63 +371,6 @@ def _run_entries(values: TableValues, run: Run) -> _Entries:
         columns.position[rows],
         places,
     )
-
-
-def _match(
-    chunk_tensor: Int64s,
-    chunk_offset: Int64s,
-    counts: Int64s,
-    tensor: Int64s,
-    offset: Int64s,
-    position: Int64s,
-) -> Int64s:
-    """Return for each chunk the last entry with its tensor and offset, or -1."""
-    first = np.cumsum(counts) - counts
-    result = np.full(len(chunk_tensor), -1, np.int64)
-    if not len(tensor) or not len(chunk_tensor):
-        return result
-    if len(tensor) == len(chunk_tensor) and ((position >= 0) & (position < counts[tensor])).all():
-        # As torch writes it: each entry says where its chunk is in the list, and is alone.
-        chunk = first[tensor] + position
-        result[chunk] = np.arange(len(chunk))
-        if (
-            (result >= 0).all()
-            and (chunk_offset[chunk] == offset).all()
-            and _ascends(chunk_tensor, chunk_offset)
-        ):
-            return result
-    wanted, given = _hashes(chunk_tensor, chunk_offset), _hashes(tensor, offset)
-    order = np.argsort(given, kind="stable")
-    given = given[order]
-    alike = np.flatnonzero(given[1:] == given[:-1])
-    if (
-        (tensor[order[alike]] != tensor[order[alike + 1]])
-        | (offset[order[alike]] != offset[order[alike + 1]]).any(axis=1)
-    ).any():
-        raise RunsRefused  # different ones with the same hash
-    at = np.searchsorted(given, wanted, side="right") - 1
-    entry = order[np.maximum(at, 0)]
-    equal = (tensor[entry] == chunk_tensor) & (offset[entry] == chunk_offset).all(axis=1)
-    return np.where((at >= 0) & equal, entry, -1)
-
-
-def _ascends(tensor: Int64s, offset: Int64s) -> bool:
-    """Return whether the offsets of each tensor's chunks ascend, so that none is there twice."""
-    ascends = np.zeros(max(len(tensor) - 1, 0), np.bool_)
-    undecided = ~ascends
-    for axis in range(offset.shape[1]):
-        before, after = offset[:-1, axis], offset[1:, axis]
-        ascends |= undecided & (before < after)
-        undecided &= before == after
-    return bool((ascends | (tensor[:-1] != tensor[1:])).all())
-
-
-def _hashes(tensor: Int64s, offset: Int64s) -> Any:
-    result = tensor.astype(np.uint64)
-    for axis in range(offset.shape[1]):
-        result = (result ^ (result >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        result += offset[:, axis].astype(np.uint64)
-    return (result ^ (result >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
 
 
 def _by_position(values: TableValues, storage: _Entries) -> dict[tuple[str, int | None], int]:
