@@ -30,6 +30,8 @@ from shardpoint.errors import (
     PlanError,
     UnknownExtensionError,
 )
+from shardpoint.formats.checksum import crc32
+from shardpoint.index import BLOCK_BYTES
 from shardpoint.transforms import AesGcm as Decryption
 from shardpoint.transforms import (
     MemoryRecord,
@@ -487,3 +489,23 @@ def test_a_large_chunk_is_decoded_by_several_threads(
     box = (slice(0, 700), slice(0, 600))
     wanted, decoded = _tensor_bytes_decoded(tmp_path, box, [_MeetingShuffle()])
     assert decoded < 1.5 * wanted
+
+
+def test_no_checksum_tells_what_is_encrypted(tmp_path: Path) -> None:
+    """The CRC-32 of a number of four bytes is as good as the number."""
+    _save(dcp, tmp_path, CHAINS["encrypted"])
+    secrets = [
+        value.t().contiguous().view(torch.uint8).numpy().tobytes()
+        if key == "transposed"
+        else value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for key, value in _state().items()
+        if isinstance(value, torch.Tensor) and value.numel()
+    ]
+    checksums = [crc32(secret[: BLOCK_BYTES * n or None]) for secret in secrets for n in (0, 1)]
+    plain = [file.read_bytes() for file in tmp_path.iterdir()]
+    assert len(plain) == 3  # data, metadata, index
+    for checksum in checksums:
+        assert not any(checksum.to_bytes(4, "little") in content for content in plain)
+    _save(dcp, tmp_path / "open", [])
+    (index,) = (tmp_path / "open").glob("*.index")
+    assert all(c.to_bytes(4, "little") in index.read_bytes() for c in checksums)

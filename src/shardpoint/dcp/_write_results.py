@@ -102,7 +102,7 @@ def results_of(
         offset=np.where(is_object, UNKNOWN, joined("payload_offset")),
         strides=np.where(is_object[:, None], 0, strides[rows]),
         length=np.where(is_object, UNKNOWN, joined("payload_length")),
-        checksum=np.where(is_object, UNKNOWN, joined("payload_checksum")),
+        checksum=np.where(is_object | bool(transforms), UNKNOWN, joined("payload_checksum")),
         flags=np.zeros(len(rows), np.uint8),
     )
     keys = columns.keys

@@ -36,7 +36,6 @@ class _Payload:
 
     offset: int = 0
     length: int = 0
-    checksum: int = 0
 
 
 class EncodedRecords:
@@ -68,17 +67,19 @@ class EncodedRecords:
     def decoded(self, written: WrittenRecords) -> WrittenRecords:
         """Return the columns with payloads as readers need them: as they are in decoded records.
 
-        Offsets count from the start of each record, and blocks, which frames need not, are none.
+        Offsets count from the start of each record. Of what is encoded there are no checksums
+        (those of payloads are 0, and there are no blocks): an index is in plain text, and the
+        CRC-32 of a secret number is the number.
         """
         table = np.array(
-            [(payload.offset, payload.length, payload.checksum) for payload in self._payloads],
+            [(payload.offset, payload.length) for payload in self._payloads],
             np.int64,
-        ).reshape(-1, 3)
+        ).reshape(-1, 2)
         return replace(
             written,
             payload_offset=table[:, 0].copy(),
             payload_length=table[:, 1].copy(),
-            payload_checksum=table[:, 2].astype(np.uint32),
+            payload_checksum=np.zeros(len(table), np.uint32),
             first_block=np.zeros(len(table) + 1, np.int64),
             blocks=np.zeros(0, np.uint32),
         )
@@ -119,7 +120,6 @@ class _EncodedSource:
         if parts.length is not None and parts.length != total:
             raise PlanError(f"a record's source announced {parts.length} bytes and gave {total}")
         self._payload.offset, self._payload.length = len(head), length
-        self._payload.checksum = checksum
         yield tail
 
 
