@@ -31,7 +31,16 @@ from shardpoint.transforms import TransformFinder
 
 __all__ = ["carry_out"]
 
-_HOOKS = ("load_bytes", "resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
+_HOOKS = {
+    name: vars(DefaultLoadPlanner)[name]
+    for name in (
+        "load_bytes",
+        "resolve_tensor",
+        "commit_tensor",
+        "lookup_tensor",
+        "transform_tensor",
+    )
+}
 
 
 def carry_out(
@@ -56,14 +65,20 @@ def carry_out(
         reads is not None
         and reads.index.tensors is index.tensors
         and isinstance(planner, DefaultLoadPlanner)
-        and all(
-            getattr(type(planner), hook) is getattr(DefaultLoadPlanner, hook) for hook in _HOOKS
-        )
+        and _has_default_hooks(planner)
     ):
         return _by_columns(
             reads, planner, index, storage, threads=threads, verify=verify, finder=finder
         )
     return _by_items(items, planner, index, storage, threads=threads, verify=verify, finder=finder)
+
+
+def _has_default_hooks(planner: DefaultLoadPlanner) -> bool:
+    """Whether neither a subclass, a program at run time, nor the planner itself has others."""
+    return all(
+        getattr(type(planner), name) is method and name not in vars(planner)
+        for name, method in _HOOKS.items()
+    )
 
 
 def _by_columns(
