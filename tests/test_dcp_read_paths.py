@@ -6,12 +6,16 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import shardpoint.dcp as dcp
 from shardpoint.dcp._read_items import ReadTable
 from shardpoint.dcp.metadata import MetadataIndex
+from shardpoint.engine.opening import open_index
 
 
 class _ItemByItem(dcp.DefaultLoadPlanner):
@@ -123,3 +127,53 @@ def test_memory_beside_the_targets_is_bounded(tmp_path: Path, planner: Any, kind
         tracemalloc.stop()
     assert torch.equal(target.to(torch.float32), saved)
     assert peak < 40 << 20
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_flipped_byte_of_a_value_is_found_by_the_load_of_it(
+    flip_place: tuple[Path, dict[str, Any]], data: st.DataObject
+) -> None:
+    """With the index that a save writes: of objects any byte, of tensors any of their elements,
+    wherever they go to.
+    """
+    folder, saved = flip_place
+    index, _ = open_index(folder)
+    payloads, objects = index.chunks.payloads, index.objects
+    assert payloads is not None
+    if data.draw(st.booleans()):
+        row = data.draw(st.integers(0, len(objects) - 1))
+        start, length = int(objects.record_offset[row]), int(objects.record_length[row])
+        file = objects.file[row]
+    else:
+        row = data.draw(st.sampled_from(np.flatnonzero(payloads.length).tolist()))
+        start, length = int(payloads.offset[row]), int(payloads.length[row])
+        file = index.chunks.file[row]
+    position = start + data.draw(st.integers(0, length - 1))
+    path = folder / index.files[file]
+    original = path.read_bytes()
+    changed = bytearray(original)
+    changed[position] ^= 1 << data.draw(st.integers(0, 7))
+    planner = data.draw(st.sampled_from([dcp.DefaultLoadPlanner, _ItemByItem]))
+    target = data.draw(st.sampled_from([_targets, _zeros]))()
+    path.write_bytes(changed)
+    try:
+        with pytest.raises(dcp.CheckpointException, match=r"key '"):
+            dcp.load(target, checkpoint_id=folder, planner=planner())
+    finally:
+        path.write_bytes(original)
+    dcp.load(target, checkpoint_id=folder, planner=planner())
+    assert _equal(target, saved)
+
+
+def _zeros() -> dict[str, Any]:
+    state = _state()
+    return {k: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+@pytest.fixture(scope="module")
+def flip_place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("place")
+    saved = _state()
+    dcp.save(saved, checkpoint_id=folder)
+    return folder, saved

@@ -44,6 +44,7 @@ def chunks_alone(index: CheckpointIndex, chunk_rows: Sequence[int]) -> Checkpoin
         container=chunks.container[picked],
         transform=chunks.transform[picked],
         payloads=None if chunks.payloads is None else _payloads(chunks.payloads, picked),
+        record_checksum=None if chunks.record_checksum is None else chunks.record_checksum[picked],
     )
     return replace(
         index,
