@@ -275,10 +275,10 @@ def test_open_reads_verifies_and_pickles(name: str, tmp_path: Path) -> None:
     assert info.chunks[0].transforms == tuple(e.get_descriptor() for e in reversed(CHAINS[name]))
 
 
-@pytest.mark.parametrize("name", ["shuffled", "encrypted", "encrypted shuffled"])
+@pytest.mark.parametrize("name", ["xor", "shuffled", "encrypted", "encrypted shuffled"])
 def test_verify_finds_damage_behind_extensions(name: str, tmp_path: Path) -> None:
     _save(dcp, tmp_path, CHAINS[name])
-    checkpoint = shardpoint.open(tmp_path, transforms=[Decryption(KEY)])
+    checkpoint = shardpoint.open(tmp_path, transforms=[Decryption(KEY), Xored()])
     chunk = checkpoint.info("w").chunks[0]
     file = tmp_path / chunk.file
     data = bytearray(file.read_bytes())
@@ -371,7 +371,7 @@ def test_what_is_no_extension_is_refused() -> None:
             dcp.FileSystemWriter("nowhere", _extensions=[wrong])
 
 
-class Rot13:
+class Xored:
     """A reader's own transform, without torch: any object with a name and `undo`."""
 
     name = "stream.xor@tests"
@@ -384,10 +384,10 @@ class Rot13:
 
 def test_open_takes_a_programs_own_transforms(tmp_path: Path) -> None:
     _save(dcp, tmp_path, CHAINS["xor"])
-    checkpoint = shardpoint.open(tmp_path, transforms=[Rot13()])
+    checkpoint = shardpoint.open(tmp_path, transforms=[Xored()])
     assert checkpoint["scalar"] == 2.5
     assert checkpoint.verify().ok
-    for wrong in (Rot13, [object()], "stream.zstd"):
+    for wrong in (Xored, [object()], "stream.zstd"):
         with pytest.raises(TypeError, match="transform"):
             shardpoint.open(tmp_path, transforms=wrong)  # type: ignore[arg-type]
 

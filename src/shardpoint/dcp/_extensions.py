@@ -17,11 +17,11 @@ from shardpoint.transforms import (
     MemoryRecord,
     Origin,
     RecordBytes,
-    RecordReader,
     ShuffleZstd,
     Tally,
     Transform,
     Zstd,
+    read_at,
 )
 
 __all__ = [
@@ -203,7 +203,8 @@ class _StreamTransform:
         """See `Transform`; an exception of the extension is an error that names the entry."""
         data = bytearray()
         try:
-            source = io.BufferedReader(RecordReader(stored))
+            # In one go: so the stored bytes are compared with their checksum, if there is one.
+            source = io.BytesIO(read_at(stored, 0, stored.size))
             stream = self._extension.transform_from(cast("IO[bytes]", source))
             while piece := stream.read(min(_STEP, most + 1 - len(data))):
                 data += piece
