@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +37,14 @@ _LONG_FETCH = struct.Struct("<cI").pack
 _TRUE_FALSE = {True: b"\x88", False: b"\x89"}
 
 
+_TUPLE_OF = (b")", b"\x85", b"\x86", b"\x87")
+
+
 def _tuple(parts: Sequence[bytes]) -> bytes:
     if not parts:
         return b")"
     if len(parts) <= 3:
-        return b"".join(parts) + b"\x85\x86\x87"[len(parts) - 1 : len(parts)]
+        return b"".join(parts) + _TUPLE_OF[len(parts)]
     return b"(" + b"".join(parts) + b"t"
 
 
@@ -264,18 +267,20 @@ class _Writer:
         if paths is None:
             yield b"N"
             return
+        names = {part: None for path in paths.values() for part in path}
+        texts = self.memo.texts(name for name in names if isinstance(name, str))
+        known = {name: texts[name] if isinstance(name, str) else _integer(name) for name in names}
         text = self.memo.text
-        known: dict[str | int, bytes] = {}  # few parts are met only once
-        yield b"}("
+        output = [b"}("]
         for key, path in paths.items():
-            parts = [known.get(part) for part in path]
-            if None in parts:
-                for part in path:
-                    if part not in known:
-                        known[part] = text(part) if isinstance(part, str) else _integer(part)
-                parts = [known[part] for part in path]
-            yield text(key)
-            yield _tuple(cast("list[bytes]", parts))
+            parts = [known[part] for part in path]
+            output.append(text(key))
+            if 0 < len(parts) <= 3:
+                output += parts
+                output.append(_TUPLE_OF[len(parts)])
+            else:
+                output.append(_tuple(parts))
+        yield from output
         yield b"u"
 
     def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
