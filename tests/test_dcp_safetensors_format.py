@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.filesystem import SerializationFormat as TheirFormat
@@ -18,8 +19,9 @@ import shardpoint
 import shardpoint.dcp as dcp
 from ranks import RankPool
 from shardpoint.dcp.filesystem import SerializationFormat
+from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import CorruptionError, NotSupportedError
-from shardpoint.formats.safetensors import SafetensorsHeader, read_header
+from shardpoint.formats.safetensors import SafetensorsHeader, read_header, written_order
 
 
 def _state() -> dict[str, Any]:
@@ -186,3 +188,15 @@ def test_two_chunks_of_one_tensor_on_a_rank_are_kept(pool: RankPool, tmp_path: P
     """torch 2.13 writes the last one only."""
     pool.run(1, _two_chunks_of_one_key, tmp_path)
     assert shardpoint.open(tmp_path)["s"].tolist() == [[1.0] * 3, [2.0] * 3]
+
+
+def test_order_of_dtypes_is_that_of_safetensors() -> None:
+    dtypes = {d.name: d for d in BY_CODE if d.safetensors_name and hasattr(torch, d.name)}
+    tensors = {
+        name: torch.zeros(8, dtype=torch.uint8).view(getattr(torch, name)) for name in dtypes
+    }
+    data = safetensors.torch.save(tensors)
+    header = read_header(lambda at, n: data[at : at + n], len(data), file="")
+    places = sorted(header.tensors, key=lambda name: header.tensors[name].start)
+    assert written_order(dtypes) == places
+    assert len(places) > 15

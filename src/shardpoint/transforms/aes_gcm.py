@@ -20,7 +20,8 @@ GCM commit to its key.
 **What is not detected.** A record knows nothing of its name: who can write to the store can
 put one whole record of the same dtype and shape in another's place, or an older one. With
 another `context` for each checkpoint (say, its run and step) records of one checkpoint are no
-good in another. Lengths are not hidden, nor is anything in ``.metadata``.
+good in another. Lengths are not hidden, nor is what ``.metadata`` and the index say: keys,
+shapes, dtypes. Checksums in the index are of the encrypted bytes.
 
 The header is ``"aes-gcm"``, the key id's length (uint8), the key id (UTF-8), the salt and the
 check value (32 and 16 bytes).
