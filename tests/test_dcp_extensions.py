@@ -22,7 +22,7 @@ import shardpoint.dcp as dcp
 from shardpoint.cli import main as cli
 from shardpoint.dcp import extension as ours
 from shardpoint.dcp.api import CheckpointException
-from shardpoint.engine import reading
+from shardpoint.engine import _chunks, _parts
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ArraySink, ReadRequest, read_tensors
 from shardpoint.errors import (
@@ -484,7 +484,8 @@ class _MeetingShuffle(ShuffleZstd):
 def test_a_large_chunk_is_decoded_by_several_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_PIECE", 210_000)  # four pieces of "w"
+    for module in (_chunks, _parts):
+        monkeypatch.setattr(module, "PIECE", 210_000)  # four pieces of "w"
     _save(dcp, tmp_path, CHAINS["shuffled"])
     box = (slice(0, 700), slice(0, 600))
     wanted, decoded = _tensor_bytes_decoded(tmp_path, box, [_MeetingShuffle()])
