@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardpoint.planning import balance
-from shardpoint.planning.balance import choose_owners
+from shardpoint.planning.balance import choose_owners, spread_rows
 
 WORLD = 5
 
@@ -93,3 +93,24 @@ def test_equal_loads_go_to_the_lowest_rank() -> None:
 
 def test_nothing_is_nothing() -> None:
     assert choose([]) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_files_get_alike_bytes_and_every_row_once(count: int) -> None:
+    objects, tensors = np.arange(0, 20, 2), np.arange(1, 20, 2)
+    nbytes = np.array([900, 1, 1, 300, 1, 300, 300, 1, 5, 1])
+    files = spread_rows(objects, tensors, nbytes, count)
+    assert sorted(np.concatenate(files).tolist()) == list(range(20))
+    assert len(files) == min(count, len(objects))
+    size = dict(zip(tensors.tolist(), nbytes.tolist(), strict=True))
+    loads = [sum(size.get(row, 0) for row in rows.tolist()) for rows in files]
+    assert max(loads) <= max(900, sum(loads) / count + 300)
+    for rows in files:
+        odd = rows % 2
+        assert (np.diff(odd) >= 0).all()  # objects first
+
+
+def test_no_rows_make_no_files() -> None:
+    nothing = np.zeros(0, np.int64)
+    assert spread_rows(nothing, nothing, nothing, 1) == []
+    assert spread_rows(nothing, nothing, nothing, 3) == []
