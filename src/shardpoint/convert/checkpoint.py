@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shardpoint.convert.source import Allowed, Source, flat_bytes
+from shardpoint.convert.source import READ_TOGETHER, Allowed, AnyArray, Source, flat_bytes
+from shardpoint.dtypes import BY_CODE
 from shardpoint.engine import committing
 from shardpoint.engine.alone import chunks_alone
 from shardpoint.engine.sources import RecordSource
@@ -78,7 +79,8 @@ def to_checkpoint(
     name = f"{committing.data_prefix(0, committing.new_token(storage))}0.distcp"
     records = _object_records(opened)
     objects = len(records)
-    records += [_chunk_record(opened, chunk) for chunk in range(len(opened.index.chunks))]
+    chunks = _Chunks(opened)
+    records += [_chunk_record(opened, chunks, row) for row in range(len(opened.index.chunks))]
     written = write_file(storage, name, records, sync=sync)
     index = _with_checksums(
         _written(opened.index, name, written, objects, os.fspath(target)), written, objects
@@ -106,30 +108,53 @@ def _object_records(source: Source) -> list[RecordSource]:
     return records
 
 
-def _chunk_record(source: Source, chunk: int) -> RecordSource:
+def _chunk_record(source: Source, chunks: _Chunks, chunk: int) -> RecordSource:
     index = source.index
     row = int(index.chunks.tensor[chunk])
     axes = int(index.tensors.ndim[row])
     sizes = tuple(index.chunks.sizes[chunk, :axes].tolist())
     layout = TensorRecordLayout(index.tensors.dtype_of(row), sizes)
-    payload = _ChunkSource(source, chunk, layout.payload_length)
+    payload = _ChunkSource(chunks, chunk, layout.payload_length)
     return RecordSource(
         length=layout.length, head=layout.head, payload=(payload,), tail=layout.tail
     )
 
 
+class _Chunks:
+    """Chunks in the order in which they are written: small neighbours are read together.
+
+    The writer asks for each once and in order, from one thread.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        index = source.index
+        itemsizes = np.array([dtype.itemsize for dtype in BY_CODE], np.int64)
+        sizes = itemsizes[index.tensors.dtype[index.chunks.tensor]]
+        self._ends = np.cumsum(index.chunks.sizes.prod(axis=1) * sizes)
+        self._ready: dict[int, AnyArray] = {}
+
+    def take(self, chunk: int) -> AnyArray:
+        """Return a chunk's elements, row-major."""
+        if chunk not in self._ready:
+            before = int(self._ends[chunk - 1]) if chunk else 0
+            end = int(np.searchsorted(self._ends, before + READ_TOGETHER, side="right"))
+            group = range(chunk, max(end, chunk + 1))
+            alone = chunks_alone(self._source.index, group)
+            self._ready = dict(zip(group, self._source.read(alone, range(len(group))), strict=True))
+        return self._ready.pop(chunk)
+
+
 class _ChunkSource:
     """One chunk's elements, read when they are to be written."""
 
-    def __init__(self, source: Source, chunk: int, nbytes: int) -> None:
-        self._source = source
+    def __init__(self, chunks: _Chunks, chunk: int, nbytes: int) -> None:
+        self._chunks = chunks
         self._chunk = chunk
         self.nbytes = nbytes
 
     def blocks(self, block_size: int) -> Iterator[memoryview]:
-        alone = chunks_alone(self._source.index, [self._chunk])
-        (array,) = self._source.read(alone, [0])
-        whole = flat_bytes(array)
+        whole = flat_bytes(self._chunks.take(self._chunk))
         for start in range(0, len(whole), block_size):
             yield whole[start : start + block_size]
 

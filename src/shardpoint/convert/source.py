@@ -20,12 +20,12 @@ from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
 from shardpoint.transforms import Transform, Transforms
 
-__all__ = ["Allowed", "Source", "flat_bytes"]
+__all__ = ["READ_TOGETHER", "Allowed", "AnyArray", "Source", "flat_bytes"]
 
 Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
 AnyArray: TypeAlias = npt.NDArray[Any]
 
-_TOGETHER = 4 << 20
+READ_TOGETHER = 4 << 20
 """Small tensors are read together up to this size: a read has costs of its own."""
 
 
@@ -88,7 +88,7 @@ class Source:
         first = 0
         while first < len(rows):
             last, total = first + 1, self.nbytes(rows[first])
-            while last < len(rows) and total + self.nbytes(rows[last]) <= _TOGETHER:
+            while last < len(rows) and total + self.nbytes(rows[last]) <= READ_TOGETHER:
                 total += self.nbytes(rows[last])
                 last += 1
             yield from self.read(self.index, rows[first:last])
