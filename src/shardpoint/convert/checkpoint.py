@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from shardpoint.convert.source import READ_TOGETHER, Allowed, AnyArray, Source, flat_bytes
+from shardpoint.convert.source import Allowed, InOrder, Source, flat_bytes
 from shardpoint.dtypes import BY_CODE
 from shardpoint.engine import committing
 from shardpoint.engine.alone import chunks_alone
@@ -79,7 +80,10 @@ def to_checkpoint(
     name = f"{committing.data_prefix(0, committing.new_token(storage))}0.distcp"
     records = _object_records(opened)
     objects = len(records)
-    chunks = _Chunks(opened)
+    chunks = InOrder(
+        _chunk_bytes(opened.index),
+        lambda rows: opened.read(chunks_alone(opened.index, rows), range(len(rows))),
+    )
     records += [_chunk_record(opened, chunks, row) for row in range(len(opened.index.chunks))]
     written = write_file(storage, name, records, sync=sync)
     index = _with_checksums(
@@ -108,7 +112,7 @@ def _object_records(source: Source) -> list[RecordSource]:
     return records
 
 
-def _chunk_record(source: Source, chunks: _Chunks, chunk: int) -> RecordSource:
+def _chunk_record(source: Source, chunks: InOrder, chunk: int) -> RecordSource:
     index = source.index
     row = int(index.chunks.tensor[chunk])
     axes = int(index.tensors.ndim[row])
@@ -120,35 +124,16 @@ def _chunk_record(source: Source, chunks: _Chunks, chunk: int) -> RecordSource:
     )
 
 
-class _Chunks:
-    """Chunks in the order in which they are written: small neighbours are read together.
-
-    The writer asks for each once and in order, from one thread.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        index = source.index
-        itemsizes = np.array([dtype.itemsize for dtype in BY_CODE], np.int64)
-        sizes = itemsizes[index.tensors.dtype[index.chunks.tensor]]
-        self._ends = np.cumsum(index.chunks.sizes.prod(axis=1) * sizes)
-        self._ready: dict[int, AnyArray] = {}
-
-    def take(self, chunk: int) -> AnyArray:
-        """Return a chunk's elements, row-major."""
-        if chunk not in self._ready:
-            before = int(self._ends[chunk - 1]) if chunk else 0
-            end = int(np.searchsorted(self._ends, before + READ_TOGETHER, side="right"))
-            group = range(chunk, max(end, chunk + 1))
-            alone = chunks_alone(self._source.index, group)
-            self._ready = dict(zip(group, self._source.read(alone, range(len(group))), strict=True))
-        return self._ready.pop(chunk)
+def _chunk_bytes(index: CheckpointIndex) -> npt.NDArray[np.int64]:
+    itemsizes = np.array([dtype.itemsize for dtype in BY_CODE], np.int64)
+    sizes: npt.NDArray[np.int64] = index.chunks.sizes.prod(axis=1)
+    return sizes * itemsizes[index.tensors.dtype[index.chunks.tensor]]
 
 
 class _ChunkSource:
     """One chunk's elements, read when they are to be written."""
 
-    def __init__(self, chunks: _Chunks, chunk: int, nbytes: int) -> None:
+    def __init__(self, chunks: InOrder, chunk: int, nbytes: int) -> None:
         self._chunks = chunks
         self._chunk = chunk
         self.nbytes = nbytes

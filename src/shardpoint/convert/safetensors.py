@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from shardpoint.convert.placing import place_name, remove_quietly
-from shardpoint.convert.source import Source, flat_bytes
+from shardpoint.convert.source import InOrder, Source, flat_bytes
 from shardpoint.engine.sources import RecordSource
 from shardpoint.engine.writing import write_files
 from shardpoint.errors import NotSupportedError, PlanError, Problem
@@ -93,7 +93,6 @@ def write_full_files(
     chosen: set[int],
     *,
     sync: bool,
-    threads: int = 1,
 ) -> tuple[dict[str, str], int]:
     """Write some of the full files.
 
@@ -103,8 +102,6 @@ def write_full_files(
         File number of every tensor of the checkpoint.
     chosen
         The files to write.
-    threads
-        How many tensors are in memory at once.
 
     Returns
     -------
@@ -125,7 +122,7 @@ def write_full_files(
     names = {number: file_name(number, count) for number in rows}
     places = {number: place_name(storage, name) for number, name in names.items()}
     records = {places[number]: _records(source, some) for number, some in rows.items()}
-    write_files(storage, records, threads=threads, sync=sync)
+    write_files(storage, records, threads=1, sync=sync)  # one tensor in memory
     try:
         for number, place in places.items():
             if place != names[number]:
@@ -149,9 +146,10 @@ def _records(source: Source, rows: list[int]) -> list[RecordSource]:
         metadata=FULL_METADATA,
     )
     records = [RecordSource(length=len(header), head=header)]
-    for row in rows:
+    arrays = source.in_order(rows)
+    for position, row in enumerate(rows):
         start, end = spans[tensors.keys[row]]
-        payload = _TensorSource(source, row, end - start)
+        payload = _TensorSource(arrays, position, end - start)
         records.append(RecordSource(length=end - start, payload=(payload,)))
     return records
 
@@ -159,13 +157,12 @@ def _records(source: Source, rows: list[int]) -> list[RecordSource]:
 class _TensorSource:
     """A whole tensor, read when it is to be written."""
 
-    def __init__(self, source: Source, row: int, nbytes: int) -> None:
-        self._source = source
-        self._row = row
+    def __init__(self, arrays: InOrder, position: int, nbytes: int) -> None:
+        self._arrays = arrays
+        self._position = position
         self.nbytes = nbytes
 
     def blocks(self, block_size: int) -> Iterator[memoryview]:
-        (array,) = self._source.read(self._source.index, [self._row])
-        whole = flat_bytes(array)
+        whole = flat_bytes(self._arrays.take(self._position))
         for start in range(0, len(whole), block_size):
             yield whole[start : start + block_size]

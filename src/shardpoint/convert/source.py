@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
@@ -20,12 +20,12 @@ from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
 from shardpoint.transforms import Transform, Transforms
 
-__all__ = ["READ_TOGETHER", "Allowed", "AnyArray", "Source", "flat_bytes"]
+__all__ = ["Allowed", "InOrder", "Source", "flat_bytes"]
 
 Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
 AnyArray: TypeAlias = npt.NDArray[Any]
 
-READ_TOGETHER = 4 << 20
+_TOGETHER = 4 << 20
 """Small tensors are read together up to this size: a read has costs of its own."""
 
 
@@ -83,16 +83,12 @@ class Source:
         tensors = self.index.tensors
         return prod(tensors.shape_of(row)) * tensors.dtype_of(row).itemsize
 
-    def tensors(self, rows: Sequence[int]) -> Iterator[AnyArray]:
-        """Yield whole tensors as raw elements, in this order, small neighbours read together."""
-        first = 0
-        while first < len(rows):
-            last, total = first + 1, self.nbytes(rows[first])
-            while last < len(rows) and total + self.nbytes(rows[last]) <= READ_TOGETHER:
-                total += self.nbytes(rows[last])
-                last += 1
-            yield from self.read(self.index, rows[first:last])
-            first = last
+    def in_order(self, rows: Sequence[int]) -> InOrder:
+        """Return what gives these tensors, to be taken in this order, as raw elements."""
+        return InOrder(
+            [self.nbytes(row) for row in rows],
+            lambda group: self.read(self.index, [rows[position] for position in group]),
+        )
 
     def read(self, index: CheckpointIndex, rows: Sequence[int]) -> list[AnyArray]:
         """Read whole tensors of an index of the same files."""
@@ -117,6 +113,33 @@ class Source:
             finder=self._finder,
         )
         return [sink.memory() for sink in sinks]
+
+
+class InOrder:
+    """Arrays that are taken one after the other: small neighbours are read together.
+
+    Parameters
+    ----------
+    sizes
+        Bytes of each.
+    read
+        Gives those at some neighbouring positions.
+    """
+
+    def __init__(self, sizes: npt.ArrayLike, read: Callable[[range], Sequence[AnyArray]]) -> None:
+        self._ends = np.cumsum(np.asarray(sizes, np.int64))
+        self._read = read
+        self._ready: dict[int, AnyArray] = {}
+
+    def take(self, position: int) -> AnyArray:
+        """Return one; each is taken once, from one thread at a time."""
+        if position not in self._ready:
+            before = int(self._ends[position - 1]) if position else 0
+            end = int(np.searchsorted(self._ends, before + _TOGETHER, side="right"))
+            group = range(position, max(end, position + 1))
+            self._ready = {}  # before others are read
+            self._ready = dict(zip(group, self._read(group), strict=True))
+        return self._ready.pop(position)
 
 
 def flat_bytes(array: AnyArray) -> memoryview:

@@ -69,11 +69,15 @@ def to_torch_save(
     nested = unflatten({key: values[key] for key in index.key_order if key in values}, paths)
     pickle, tensors = pickle_value(nested)
     sizes = [_nbytes(tensor) for tensor in tensors]
-    arrays = opened.tensors([rows[id(tensor)] for tensor in tensors if id(tensor) in rows])
+    lazy = [number for number, tensor in enumerate(tensors) if id(tensor) in rows]
+    positions = {number: position for position, number in enumerate(lazy)}
+    arrays = opened.in_order([rows[id(tensors[number])] for number in lazy])
 
     def blocks(number: int) -> Iterator[memoryview]:
-        tensor = tensors[number]
-        whole = flat_bytes(next(arrays)) if id(tensor) in rows else tensor_bytes(tensor)
+        if number in positions:
+            whole = flat_bytes(arrays.take(positions[number]))
+        else:
+            whole = tensor_bytes(tensors[number])
         for start in range(0, len(whole), _BLOCK):
             yield whole[start : start + _BLOCK]
 
