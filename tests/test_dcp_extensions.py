@@ -22,7 +22,8 @@ import shardpoint.dcp as dcp
 from shardpoint.cli import main as cli
 from shardpoint.dcp import extension as ours
 from shardpoint.dcp.api import CheckpointException
-from shardpoint.engine import _chunks, _parts
+from shardpoint.engine import _chunks as chunk_reading
+from shardpoint.engine import _parts as part_reading
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ArraySink, ReadRequest, read_tensors
 from shardpoint.errors import (
@@ -484,7 +485,7 @@ class _MeetingShuffle(ShuffleZstd):
 def test_a_large_chunk_is_decoded_by_several_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_chunks, _parts):
+    for module in (chunk_reading, part_reading):
         monkeypatch.setattr(module, "PIECE", 210_000)  # four pieces of "w"
     _save(dcp, tmp_path, CHAINS["shuffled"])
     box = (slice(0, 700), slice(0, 600))
