@@ -92,6 +92,7 @@ def test_public_names_are_these() -> None:
         "CheckpointExistsError",
         "CheckpointKeyError",
         "CheckpointNotFoundError",
+        "ConcurrentSaveError",
         "ChunkInfo",
         "CorruptionError",
         "ForbiddenContentError",
@@ -112,6 +113,7 @@ def test_public_names_are_these() -> None:
         "UnsafePathError",
         "VerifyReport",
         "__version__",
+        "allowing",
         "open",
     }
     assert all(hasattr(shardpoint, name) for name in shardpoint.__all__)

@@ -10,6 +10,7 @@ from shardpoint.errors import (
     CheckpointExistsError,
     CheckpointKeyError,
     CheckpointNotFoundError,
+    ConcurrentSaveError,
     CorruptionError,
     ForbiddenContentError,
     FormatError,
@@ -26,6 +27,7 @@ from shardpoint.errors import (
     UnknownExtensionError,
     UnsafePathError,
 )
+from shardpoint.formats.allowing import allowing
 from shardpoint.verify import VerifyReport
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "CheckpointKeyError",
     "CheckpointNotFoundError",
     "ChunkInfo",
+    "ConcurrentSaveError",
     "CorruptionError",
     "ForbiddenContentError",
     "FormatError",
@@ -55,5 +58,6 @@ __all__ = [
     "UnsafePathError",
     "VerifyReport",
     "__version__",
+    "allowing",
     "open",
 ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from shardpoint.errors import PlanError
 from shardpoint.transforms import Transform
 
-__all__ = ["check_allowed", "checked_threads", "checked_transforms", "default_threads"]
+__all__ = ["checked_threads", "checked_transforms", "default_threads"]
 
 _MOST_THREADS = 16  # more readers than this do not make one file system faster
 
@@ -21,23 +21,6 @@ def checked_threads(threads: int) -> int:
     if threads < 1:
         raise PlanError(f"threads must be 1 or more, not {threads}")
     return operator.index(threads)
-
-
-def check_allowed(allowed: object) -> None:
-    """Raise TypeError unless this maps names to classes or functions."""
-    if allowed is None:
-        return
-    if not isinstance(allowed, Mapping):
-        raise TypeError(
-            "allowed must map qualified names to classes or functions, it is "
-            f"{type(allowed).__name__}"
-        )
-    for name, what in allowed.items():
-        if not isinstance(name, str) or not callable(what):
-            raise TypeError(
-                f"allowed must map qualified names to classes or functions, not {name!r} to "
-                f"{type(what).__name__}"
-            )
 
 
 def checked_transforms(transforms: object) -> tuple[Transform, ...]:

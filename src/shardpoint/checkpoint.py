@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from shardpoint import _selection
 from shardpoint._arguments import (
-    check_allowed,
     checked_threads,
     checked_transforms,
     default_threads,
@@ -25,9 +24,10 @@ from shardpoint._prefixes import path_below
 from shardpoint._selection import AxisSelection, Selection
 from shardpoint._sinks import NewArraySink
 from shardpoint.engine.objects import read_objects
-from shardpoint.engine.opening import open_index
+from shardpoint.engine.opening import noticing_replacement, open_index
 from shardpoint.engine.reading import ReadRequest, read_tensors
 from shardpoint.errors import CheckpointKeyError, FormatError, PlanError, StorageError
+from shardpoint.formats.allowing import check_allowed
 from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
@@ -91,7 +91,8 @@ def open(  # the module that needs the builtin is storage, not this one
     """
     if threads is not None:
         threads = checked_threads(threads)
-    check_allowed(allowed)
+    if allowed is not None:
+        check_allowed(allowed)
     added = checked_transforms(transforms)
     index, storage = open_index(path, allowed=allowed)
     return Checkpoint(
@@ -390,17 +391,18 @@ class Checkpoint:
             NewArraySink(tensors.dtype_of(row), sizes, key=tensors.keys[row])
             for row, _, sizes in boxes
         ]
-        read_tensors(
-            self._index,
-            self._storage,
-            [
-                ReadRequest(tensor=row, offsets=offsets, sizes=sizes, sink=sink)
-                for (row, offsets, sizes), sink in zip(boxes, sinks, strict=True)
-            ],
-            threads=self._threads,
-            verify=self._verify,
-            finder=self._finder,
-        )
+        with noticing_replacement(self._index, self._storage):
+            read_tensors(
+                self._index,
+                self._storage,
+                [
+                    ReadRequest(tensor=row, offsets=offsets, sizes=sizes, sink=sink)
+                    for (row, offsets, sizes), sink in zip(boxes, sinks, strict=True)
+                ],
+                threads=self._threads,
+                verify=self._verify,
+                finder=self._finder,
+            )
         return [sink.array() for sink in sinks]
 
     def _read_objects(self, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -416,9 +418,10 @@ class Checkpoint:
             verify=self._verify,
             finder=self._finder,
         )
-        for row, value in values:
-            # What came with the index is the index's own: nobody may change it there.
-            yield row, copy.deepcopy(value) if objects.keys[row] in objects.values else value
+        with noticing_replacement(self._index, self._storage):
+            for row, value in values:
+                # What came with the index is the index's own: nobody may change it there.
+                yield row, copy.deepcopy(value) if objects.keys[row] in objects.values else value
 
     def _paths_under(self, prefix: str) -> dict[str, Path]:
         """Return keys with that prefix and their paths below it."""

@@ -15,6 +15,7 @@
     ├── NotSupportedError            (NotImplementedError) known, not done
     │   └── UnknownExtensionError    (ValueError)         an extension that nobody registered
     ├── StorageError                 (OSError)            the store refused
+    ├── ConcurrentSaveError          (RuntimeError)       another save writes there, or did
     ├── RankLostError                (RuntimeError)       a rank is gone, or does not answer
     └── RankFailedError              (RuntimeError)       one or more ranks failed; names them all
 
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointExistsError",
     "CheckpointKeyError",
     "CheckpointNotFoundError",
+    "ConcurrentSaveError",
     "CorruptionError",
     "ForbiddenContentError",
     "FormatError",
@@ -152,6 +154,10 @@ class UnknownExtensionError(NotSupportedError, ValueError):
 
 class StorageError(ShardpointError, OSError):
     """The store refused an operation."""
+
+
+class ConcurrentSaveError(ShardpointError, RuntimeError):
+    """Another save is writing to that place, or has replaced what was being saved over or read."""
 
 
 class RankLostError(ShardpointError, RuntimeError):

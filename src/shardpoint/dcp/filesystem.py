@@ -39,7 +39,7 @@ from shardpoint.dcp.storage import StorageReader, StorageWriter, WriteResult
 from shardpoint.engine import committing
 from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.executor import default_threads
-from shardpoint.engine.opening import open_index
+from shardpoint.engine.opening import noticing_replacement, open_index
 from shardpoint.engine.reading import ReadStatistics
 from shardpoint.errors import (
     CheckpointExistsError,
@@ -185,11 +185,24 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
     def _begin(self) -> None:
         self.save_id = secrets.token_hex(16)
         self._written: list[str] = []
+        self._turn: committing.Turn | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._end_turn()
         if checkpoint_id:
             self.path = self.fs.init_path(checkpoint_id)
         self._begin()
+
+    def _take_turn(self) -> None:
+        self._end_turn()
+        self._turn = committing.begin(
+            self.storage, self._metadata_name(), shared=not self.use_collectives
+        )
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.end()
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -222,6 +235,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
                 f"{self.path} holds a checkpoint saved with collectives, which ranks that save "
                 f"without them cannot replace: give another folder"
             )
+        self._take_turn()
         rank = self.rank or 0
         prefix = committing.data_prefix(rank, committing.new_token(self.storage, rank))
         return replace(plan, storage_data=_StoragePrefix(prefix))
@@ -229,6 +243,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         if not self.use_collectives:
             return plans
+        self._take_turn()
         token = committing.new_token(self.storage)
         return [
             replace(plan, storage_data=_StoragePrefix(committing.data_prefix(rank, token)))
@@ -247,7 +262,6 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
             f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": rows
             for number, rows in enumerate(buckets)
         }
-        self._written = list(files)
         writer = RowWriter(
             self.storage,
             columns,
@@ -260,6 +274,8 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
             results = writer.write_images(files)
         else:
             results = writer.write(files, extensions=self.extensions)
+        # Not before: what could not be written is gone already, or is another save's.
+        self._written = list(files)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)  # type: ignore[arg-type]
         return future
@@ -291,6 +307,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
             )
         except ShardpointError as error:  # the save itself is done; the next one cleans up
             logger.warning("%s: the replaced checkpoint's files remain: %s", self.path, error)
+        self._end_turn()
 
     def _commit(self, index: CheckpointIndex) -> set[str]:
         """Write index and metadata; return the files that make up the checkpoint."""
@@ -306,6 +323,8 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         if native is not None:
             kept.add(native[0])
             self._written.append(native[0])
+        if self._turn is not None:
+            self._turn.check()
         committing.commit(
             self.storage, self._metadata_name(), encoded, index=native, sync=self.sync_files
         )
@@ -318,6 +337,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         Where the commit itself failed it may have come through all the same (the rename was
         done, the folder's sync failed): then the files count and stay.
         """
+        self._end_turn()
         written, self._written = self._written, []
         if written and not committing.holds_any(self.storage, self._metadata_name(), written):
             for name in written:
@@ -421,15 +441,16 @@ class FileSystemReader(StoragePlace, StorageReader):
         index = self._index
         if index is None:
             raise PlanError("set_up_storage_reader was not called")
-        self.statistics = carry_out(
-            plan,
-            planner,
-            index,
-            self.storage,
-            threads=self.thread_count,
-            verify=self.verify,
-            finder=self.finder,
-        )
+        with noticing_replacement(index, self.storage):
+            self.statistics = carry_out(
+                plan,
+                planner,
+                index,
+                self.storage,
+                threads=self.thread_count,
+                verify=self.verify,
+                finder=self.finder,
+            )
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
 
+from shardpoint.errors import ConcurrentSaveError
 from shardpoint.formats.native_index import (
     index_name,
     is_index_name,
@@ -19,10 +21,12 @@ from shardpoint.formats.native_index import (
     write_index,
 )
 from shardpoint.index import CheckpointIndex
-from shardpoint.storage.base import Storage
+from shardpoint.storage.base import Claim, Storage
 
 __all__ = [
     "METADATA_NAME",
+    "Turn",
+    "begin",
     "commit",
     "data_prefix",
     "holds_any",
@@ -54,6 +58,55 @@ def new_token(storage: Storage, rank: int | None = None) -> str:
     names = (name for name in storage.list() if name.startswith(begin))
     taken = any(_DATA_FILE.fullmatch(name) for name in names)
     return f"{secrets.token_hex(4)}_" if taken else ""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A save's turn at a place: nobody else's save may come between its beginning and its end."""
+
+    storage: Storage
+    name: str
+    _claim: Claim
+    _version: Hashable
+
+    def check(self) -> None:
+        """Look whether another save has come between, in a store that could not keep it out.
+
+        Raises
+        ------
+        ConcurrentSaveError
+            Then what the other has saved counts.
+        """
+        if self.storage.version(self.name) != self._version:
+            raise ConcurrentSaveError(
+                f"another save has put its {self.name!r} into {self.storage.location!r} since this "
+                f"one began: the other one counts, this one is given up"
+            )
+
+    def end(self) -> None:
+        """Let others save there."""
+        self._claim.release()
+
+
+def begin(storage: Storage, name: str, *, shared: bool) -> Turn:
+    """Begin a save that will put the metadata file `name` in place.
+
+    Parameters
+    ----------
+    shared
+        Other saves with metadata files of their own may go on at the same time.
+
+    Raises
+    ------
+    ConcurrentSaveError
+        If another save is writing there.
+    """
+    claim = storage.claim(shared=shared)
+    try:
+        return Turn(storage, name, claim, storage.version(name))
+    except BaseException:
+        claim.release()
+        raise
 
 
 def data_prefix(rank: int, token: str) -> str:

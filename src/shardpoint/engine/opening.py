@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ import numpy as np
 from shardpoint.engine._own_rank import preferring
 from shardpoint.errors import (
     CheckpointNotFoundError,
+    ConcurrentSaveError,
     CorruptionError,
     FormatError,
     ShardpointError,
@@ -31,7 +33,13 @@ from shardpoint.index import NO_FILE, CheckpointIndex, Container
 from shardpoint.storage import LocalStorage, MappableFile, ReadableFile, Storage
 from shardpoint.storage.places import local_path, remote_storage
 
-__all__ = ["open_index", "read_native", "read_stamp", "read_with_metadata"]
+__all__ = [
+    "noticing_replacement",
+    "open_index",
+    "read_native",
+    "read_stamp",
+    "read_with_metadata",
+]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Allowed: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -123,6 +131,7 @@ def read_with_metadata(storage: Storage) -> CheckpointIndex:
     ShardpointWarning
         If the native index is damaged: then ``.metadata`` is read, as where there is none.
     """
+    version = storage.version(_METADATA)
     with storage.open(_METADATA) as file:
         # Both from one open file: what it says stays the same if another is put in its place.
         stamp, data = read_stamp(file)
@@ -139,11 +148,32 @@ def read_with_metadata(storage: Storage) -> CheckpointIndex:
             )
             index = None
         if index is not None:
-            return index
+            return replace(index, version_read=version)
         if data is None:
             data = bytearray(file.size)
             file.read_into(0, [memoryview(data)])
-    return _with_containers(read_metadata(data, file=_METADATA), storage)
+    index = _with_containers(read_metadata(data, file=_METADATA), storage)
+    return replace(index, version_read=version)
+
+
+@contextmanager
+def noticing_replacement(index: CheckpointIndex, storage: Storage) -> Iterator[None]:
+    """Say so where reading fails because another save has replaced the checkpoint meanwhile.
+
+    Raises
+    ------
+    ConcurrentSaveError
+        In place of the error that it caused.
+    """
+    try:
+        yield
+    except ShardpointError as error:
+        if index.version_read is None or storage.version(_METADATA) == index.version_read:
+            raise
+        raise ConcurrentSaveError(
+            f"the checkpoint at {storage.location!r} was replaced by another save while it was "
+            f"read: open it again, and what is read then is the new one"
+        ) from error
 
 
 def read_stamp(file: ReadableFile) -> tuple[MetadataStamp, bytearray | None]:

@@ -31,6 +31,7 @@ from shardpoint.formats._object_values import (
 )
 from shardpoint.formats._pickle_guards import DEFAULT_LIMITS, Limits, WorkBudget, describe, measure
 from shardpoint.formats._tensor_pickles import StorageReference
+from shardpoint.formats.allowing import with_allowed
 from shardpoint.formats.pickle_machine import run_pickle
 
 __all__ = [
@@ -101,7 +102,11 @@ def decode_object(
     if make_tensor is None:
         make_tensor = TensorLoader(load_storage, factory, source).tensor
     resolver = ObjectResolver(
-        source=source, factory=factory, allowed=allowed, make_tensor=make_tensor, budget=budget
+        source=source,
+        factory=factory,
+        allowed=with_allowed(allowed),
+        make_tensor=make_tensor,
+        budget=budget,
     )
     value, _ = run_pickle(data, resolver, source=source, limits=_UNMEASURED)
     measure([value], source=source, limits=DEFAULT_LIMITS, on_leaf=resolver.check_leaf)

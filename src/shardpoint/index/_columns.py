@@ -8,7 +8,7 @@ changes no intersection and no volume, so one vector operation serves all tensor
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -247,6 +247,8 @@ class CheckpointIndex:
     planner_data
         What a planner stored in place of paths: plain values only. `paths` then has the
         entries that are paths all the same, or is None.
+    version_read
+        What `Storage.version` said of ``.metadata`` before it was read; None where it was not.
     """
 
     tensors: Tensors
@@ -261,3 +263,4 @@ class CheckpointIndex:
     source: str
     metadata_files: Sequence[str] = ()
     planner_data: Any = None
+    version_read: Hashable = None

@@ -2,6 +2,7 @@
 
 from shardpoint.storage.base import (
     Buffer,
+    Claim,
     MappableFile,
     ReadableFile,
     SharedStorage,
@@ -14,6 +15,7 @@ from shardpoint.storage.places import storage_at
 
 __all__ = [
     "Buffer",
+    "Claim",
     "LocalStorage",
     "MappableFile",
     "ReadableFile",

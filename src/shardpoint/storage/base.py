@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeAlias, runtime_checkable
 
@@ -20,7 +20,9 @@ from shardpoint.errors import NotSupportedError
 
 __all__ = [
     "Buffer",
+    "Claim",
     "MappableFile",
+    "NoClaim",
     "ReadableFile",
     "SharedStorage",
     "Storage",
@@ -140,6 +142,21 @@ class WritableFile(Protocol):
     ) -> None: ...
 
 
+class Claim(Protocol):
+    """Keeps others from writing to a place; see `Storage.claim`."""
+
+    def release(self) -> None:
+        """Let others write again; more calls do nothing."""
+        ...
+
+
+class NoClaim:
+    """What a store gives that cannot keep others out."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
 class Storage(ABC):
     """One checkpoint's place. May be used by several threads at once."""
 
@@ -193,6 +210,37 @@ class Storage(ABC):
             return None
         with self.open(name) as file:
             return file.size
+
+    def version(self, name: str) -> Hashable:
+        """Return what changes when a file is replaced; None if there is no such file.
+
+        Equal values do not prove that a file is the same one.
+
+        Raises
+        ------
+        UnsafePathError, StorageError
+        """
+        return self.size(name)
+
+    def claim(self, *, shared: bool) -> Claim:
+        """Keep others from writing to the place until the claim is released.
+
+        A claim ends with its process, however that ends. Stores that cannot do this give a
+        claim that keeps nobody out.
+
+        Parameters
+        ----------
+        shared
+            Keep out only those who want the place for themselves.
+
+        Raises
+        ------
+        ConcurrentSaveError
+            If another has claimed the place.
+        StorageError
+            If the store fails.
+        """
+        return NoClaim()
 
     @abstractmethod
     def open(self, name: str) -> ReadableFile:

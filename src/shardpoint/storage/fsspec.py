@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import errno
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +30,10 @@ _RENAMING = frozenset({"file", "local", "sftp", "ssh"})
 _SMALL = 64 << 10
 """Files up to this size are fetched whole when they are opened: most reads of a small file
 want its head and its tail, and a round trip takes longer than the bytes."""
+
+
+_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "ino", "mtime")
+"""What file systems call the things that change when a file is put anew."""
 
 
 class FsspecStorage(Storage):
@@ -133,12 +137,21 @@ class FsspecStorage(Storage):
 
     def size(self, name: str) -> int | None:
         """Return a file's size, None if there is no file of that name."""
+        found = self._info(name)
+        return None if found is None else int(found["size"])
+
+    def version(self, name: str) -> Hashable:
+        """Return what the store says of a file that changes with it; see `Storage.version`."""
+        found = self._info(name)
+        if found is None:
+            return None
+        return (int(found["size"]), *(str(found.get(field)) for field in _VERSION_FIELDS))
+
+    def _info(self, name: str) -> dict[str, Any] | None:
         path = self._at(name)
         self._forget()
         found = self._call("look at", name, lambda: self._files.info(path), missing=None)
-        if found is None or found["type"] != "file":
-            return None
-        return int(found["size"])
+        return None if found is None or found["type"] != "file" else dict(found)
 
     def open(self, name: str) -> ReadableFile:
         """Open a file for ranged reads; see `Storage.open`."""

@@ -9,10 +9,12 @@ import os
 import secrets
 import stat
 import threading
+from collections.abc import Hashable
 
 from shardpoint.errors import CorruptionError, StorageError, UnsafePathError
+from shardpoint.storage._claims import claim_folder
 from shardpoint.storage._files import LocalReadableFile, LocalWritableFile, refused
-from shardpoint.storage.base import ReadableFile, Storage, WritableFile
+from shardpoint.storage.base import Claim, ReadableFile, Storage, WritableFile
 from shardpoint.storage.names import check_name
 
 __all__ = ["LocalStorage"]
@@ -114,6 +116,22 @@ class LocalStorage(Storage):
 
     def size(self, name: str) -> int | None:
         """Return the file's size, None if there is no regular file; see `Storage.size`."""
+        found = self._stat(name)
+        return None if found is None else found.st_size
+
+    def version(self, name: str) -> Hashable:
+        """Return the file's number, size and time; see `Storage.version`."""
+        found = self._stat(name)
+        return None if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def claim(self, *, shared: bool) -> Claim:
+        """Lock the folder, where its file system can; see `Storage.claim`."""
+        try:
+            return claim_folder(self._path, shared=shared)
+        except OSError as error:
+            raise refused("open", self._path, error) from error
+
+    def _stat(self, name: str) -> os.stat_result | None:
         path = self._resolve_for_reading(name)
         try:
             found = os.stat(path, follow_symlinks=False)
@@ -121,7 +139,7 @@ class LocalStorage(Storage):
             if error.errno in _ABSENT:
                 return None
             raise refused("look at", path, error) from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return found if stat.S_ISREG(found.st_mode) else None
 
     def open(self, name: str) -> ReadableFile:
         """Open a regular file for reading; see `Storage.open`."""

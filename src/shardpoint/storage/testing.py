@@ -5,13 +5,13 @@ from __future__ import annotations
 import builtins
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from shardpoint.errors import StorageError
-from shardpoint.storage.base import Buffer, ReadableFile, Storage, WritableFile
+from shardpoint.storage.base import Buffer, Claim, ReadableFile, Storage, WritableFile
 
 __all__ = ["CountingStorage", "Operation"]
 
@@ -102,6 +102,15 @@ class CountingStorage(Storage):
     def exists(self) -> bool:
         """Pass on; not counted."""
         return self._storage.exists()
+
+    def version(self, name: str) -> Hashable:
+        """Pass on; not counted."""
+        return self._storage.version(name)
+
+    def claim(self, *, shared: bool) -> Claim:
+        """Pass on."""
+        self.note("claim", "", 0, 0)
+        return self._storage.claim(shared=shared)
 
     def prepare(self) -> None:
         """Pass on."""
