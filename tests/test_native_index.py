@@ -64,6 +64,10 @@ def columns_of(value: Any, name: str = "") -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         found: dict[str, Any] = {}
         for field in dataclasses.fields(value):
+            if (
+                field.name == "version_read"
+            ):  # of the file that it was read from, not of the content
+                continue
             found |= columns_of(getattr(value, field.name), f"{name}.{field.name}")
         return found
     if isinstance(value, np.ndarray):
