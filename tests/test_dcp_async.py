@@ -410,3 +410,31 @@ def test_killed_program_leaves_no_saving_process(tmp_path: Path) -> None:
         time.sleep(0.05)
     else:
         pytest.fail("the saving process is still there")
+
+
+def test_leaving_the_program_tells_of_a_save_that_failed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch
+            import shardpoint.dcp as dcp
+
+            class Failing(dcp.DefaultSavePlanner):
+                def finish_plan(self, new_plan):
+                    raise ValueError("no room")
+
+            state = {"x": torch.ones(3)}
+            future = dcp.async_save(state, checkpoint_id=sys.argv[1], planner=Failing())
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "saved"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "the asynchronous save to" in done.stderr
+    assert "no room" in done.stderr

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ RENAMED = {
     "shardpoint.dcp.sharding_spec": "torch.distributed._shard.sharding_spec",
     "shardpoint.dcp": "torch.distributed.checkpoint",
 }
+
+
+@pytest.fixture(scope="module")
+def own_pool() -> Iterator[RankPool]:
+    """Workers for these programs alone: torch remembers, by mesh, groups that are gone."""
+    started = RankPool()
+    yield started
+    started.close()
 
 
 def _module(name: str, way: str) -> Any:
@@ -71,9 +80,9 @@ def _run_both_ways(name: str, folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_both_packages_do_the_same(pool: RankPool, tmp_path: Path, name: str) -> None:
+def test_both_packages_do_the_same(own_pool: RankPool, tmp_path: Path, name: str) -> None:
     world_size = _world_size(name)
-    found = pool.run(world_size, _run_both_ways, name, str(tmp_path))
+    found = own_pool.run(world_size, _run_both_ways, name, str(tmp_path))
     assert found == [[]] * world_size
     theirs, ours = (_checkpoints(tmp_path / way) for way in ("torch", "shardpoint"))
     assert theirs.keys() == ours.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import traceback
@@ -22,6 +23,9 @@ __all__ = [
     "wait_at_exit",
     "wait_for_place",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class SaveFuture(Future[Metadata]):
@@ -184,9 +188,16 @@ def wait_for_place(checkpoint_id: str | os.PathLike[str] | None) -> None:
 
 
 def wait_at_exit() -> None:
-    """Wait for the save that is under way, so that leaving the program does not lose it."""
-    if _last is not None:
-        _last.wait()
+    """Wait for the save that is under way, so that leaving the program does not lose it.
+
+    Nobody can ask its future any more: if it failed, it is said here.
+    """
+    if _last is None:
+        return
+    _last.wait()
+    failure = _last.take_failure()
+    if failure is not None:
+        logger.error("the asynchronous save to %s failed: %s", _last.place, failure)
 
 
 def _forget() -> None:
