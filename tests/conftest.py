@@ -24,6 +24,14 @@ def pool() -> Iterator[RankPool]:
     started.close()
 
 
+@pytest.fixture(scope="module")
+def own_pool() -> Iterator[RankPool]:
+    """Workers for one module: torch remembers, by mesh, process groups that are gone."""
+    started = RankPool()
+    yield started
+    started.close()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_run(tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test in a folder of its own, where code in a hostile file would leave a mark."""

@@ -33,15 +33,19 @@ FOUR_RANK_CASES = [(kind, form, "default") for kind in KINDS for form in FORMS] 
 ]
 
 
-def test_one_rank_saves_what_was_there_before_the_change(tmp_path: Path, pool: RankPool) -> None:
+def test_one_rank_saves_what_was_there_before_the_change(
+    tmp_path: Path, own_pool: RankPool
+) -> None:
     cases = [(kind, form, "default") for kind in KINDS for form in FORMS]
     cases += [("plain", form, stager) for form in FORMS for stager in ("shared", "writer")]
-    (found,) = pool.run(1, async_jobs.all_kinds, str(tmp_path), cases)
+    (found,) = own_pool.run(1, async_jobs.all_kinds, str(tmp_path), cases)
     assert found == {" ".join(case): [] for case in cases}
 
 
-def test_four_ranks_save_what_was_there_before_the_change(tmp_path: Path, pool: RankPool) -> None:
-    for found in pool.run(4, async_jobs.all_kinds, str(tmp_path), FOUR_RANK_CASES):
+def test_four_ranks_save_what_was_there_before_the_change(
+    tmp_path: Path, own_pool: RankPool
+) -> None:
+    for found in own_pool.run(4, async_jobs.all_kinds, str(tmp_path), FOUR_RANK_CASES):
         assert found == {" ".join(case): [] for case in FOUR_RANK_CASES}
 
 
@@ -135,9 +139,11 @@ def in_thread(function: Callable[[], Any]) -> Future[Any]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ask", [True, False], ids=["asked", "not asked"])
 def test_failure_is_told_by_the_future_and_else_by_the_next_save(
-    tmp_path: Path, pool: RankPool, form: str, ask: bool
+    tmp_path: Path, own_pool: RankPool, form: str, ask: bool
 ) -> None:
-    for first, second, third in pool.run(2, async_jobs.failing_write, str(tmp_path), form, 1, ask):
+    for first, second, third in own_pool.run(
+        2, async_jobs.failing_write, str(tmp_path), form, 1, ask
+    ):
         told = first if ask else second
         assert "rank 1: Trouble: no data today" in told
         if not ask:
@@ -155,9 +161,9 @@ def test_sync_save_tells_of_a_failed_asynchronous_one(tmp_path: Path) -> None:
 
 
 def test_killed_saving_process_is_named_on_every_rank_and_replaced(
-    tmp_path: Path, pool: RankPool
+    tmp_path: Path, own_pool: RankPool
 ) -> None:
-    for first, second in pool.run(2, async_jobs.dying_process, str(tmp_path), 1):
+    for first, second in own_pool.run(2, async_jobs.dying_process, str(tmp_path), 1):
         assert "save failed on rank 1" in first
         assert "ended by signal 9 before the save was done" in first
         assert second == ""
@@ -165,29 +171,29 @@ def test_killed_saving_process_is_named_on_every_rank_and_replaced(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rank_that_cannot_copy_fails_the_save_of_all(
-    tmp_path: Path, pool: RankPool, form: str
+    tmp_path: Path, own_pool: RankPool, form: str
 ) -> None:
-    ok, bad = pool.run(2, async_jobs.failing_stage, str(tmp_path), form, 1)
+    ok, bad = own_pool.run(2, async_jobs.failing_stage, str(tmp_path), form, 1)
     assert bad.startswith("call: a ")
     assert "Uncopyable cannot be copied" in bad
     assert ok.startswith("future: ")
     assert "rank 1: PlanError" in ok
 
 
-def test_training_may_use_the_group_during_a_save(tmp_path: Path, pool: RankPool) -> None:
-    assert pool.run(2, async_jobs.mixed_with_training, str(tmp_path), 3) == [120.0, 120.0]
+def test_training_may_use_the_group_during_a_save(tmp_path: Path, own_pool: RankPool) -> None:
+    assert own_pool.run(2, async_jobs.mixed_with_training, str(tmp_path), 3) == [120.0, 120.0]
 
 
-def test_save_ends_well_after_the_group_is_destroyed(tmp_path: Path, pool: RankPool) -> None:
-    pool.run(2, async_jobs.group_destroyed, str(tmp_path))
+def test_save_ends_well_after_the_group_is_destroyed(tmp_path: Path, own_pool: RankPool) -> None:
+    own_pool.run(2, async_jobs.group_destroyed, str(tmp_path))
     target = {"x": torch.zeros(4)}
     dcp.load(target, checkpoint_id=tmp_path)
     assert target["x"].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_hundred_saves_leave_nothing_behind(tmp_path: Path, pool: RankPool, form: str) -> None:
-    for files, threads, kilobytes in pool.run(2, async_jobs.residue, str(tmp_path), form, 100):
+def test_hundred_saves_leave_nothing_behind(tmp_path: Path, own_pool: RankPool, form: str) -> None:
+    for files, threads, kilobytes in own_pool.run(2, async_jobs.residue, str(tmp_path), form, 100):
         assert files <= 0
         assert threads <= 0
         assert kilobytes < 4096  # one copy of the state each would be 8 MB

@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ RENAMED = {
     "shardpoint.dcp.sharding_spec": "torch.distributed._shard.sharding_spec",
     "shardpoint.dcp": "torch.distributed.checkpoint",
 }
-
-
-@pytest.fixture(scope="module")
-def own_pool() -> Iterator[RankPool]:
-    """Workers for these programs alone: torch remembers, by mesh, groups that are gone."""
-    started = RankPool()
-    yield started
-    started.close()
 
 
 def _module(name: str, way: str) -> Any:
