@@ -23,8 +23,11 @@ import shardpoint.dcp as dcp
 from async_jobs import PROCESS
 from dcp_states import KINDS, values
 from ranks import RankPool
+from shardpoint.dcp import _async_process
+from shardpoint.dcp._saver_channel import load_state
+from shardpoint.dcp.staging import DefaultStager
 from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from shardpoint.errors import PlanError
+from shardpoint.errors import NotSupportedError, PlanError
 from shardpoint.storage.local import LocalStorage
 
 FORMS = [form.value for form in AsyncCheckpointerType]
@@ -344,6 +347,94 @@ def test_storage_writer_that_is_a_stager_stages(tmp_path: Path) -> None:
     target = {"added": torch.zeros(2)}
     dcp.load(target, checkpoint_id=tmp_path)
     assert target["added"].tolist() == [1, 1]
+
+
+class Waiting(DefaultStager):
+    """Copies in the background, when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = threading.Event()
+
+    def _stage(self, *arguments: Any) -> Any:
+        assert self.let.wait(60)
+        return super()._stage(*arguments)
+
+
+@pytest.mark.parametrize("form", AsyncCheckpointerType)
+@pytest.mark.parametrize("by_writer", [False, True])
+def test_relative_place_is_that_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: AsyncCheckpointerType, by_writer: bool
+) -> None:
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "before")
+    stager = Waiting()
+    place: dict[str, Any] = {"checkpoint_id": "saved"}
+    if by_writer:
+        place = {"storage_writer": dcp.FileSystemWriter("saved")}
+    found: Any = dcp.async_save(
+        {"x": torch.ones(2)}, async_stager=stager, async_checkpointer_type=form, **place
+    )
+    monkeypatch.chdir(tmp_path / "after")
+    stager.let.set()
+    found.upload_completion.result()
+    stager.close()
+    assert list((tmp_path / "after").iterdir()) == []
+    target = {"x": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=tmp_path / "before" / "saved")
+    assert target["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("file://{folder}/x", "{folder}/x"),
+        ("{folder}/x", "local://{folder}/x/"),
+        ("memory://test-async/x/", "memory:///test-async/x"),
+    ],
+)
+def test_load_waits_however_the_place_is_spelled(tmp_path: Path, saved: str, loaded: str) -> None:
+    stager = Waiting()
+    dcp.async_save(
+        {"x": torch.ones(2)}, checkpoint_id=saved.format(folder=tmp_path), async_stager=stager
+    )
+    target = {"x": torch.zeros(2)}
+    load = in_thread(lambda: dcp.load(target, checkpoint_id=loaded.format(folder=tmp_path)))
+    time.sleep(0.05)
+    assert not load.done()
+    stager.let.set()
+    load.result()
+    stager.close()
+    assert target["x"].tolist() == [1, 1]
+
+
+def test_saving_process_does_not_save_to_a_memory_of_its_own() -> None:
+    future: Any = dcp.async_save(
+        {"x": torch.ones(2)},
+        checkpoint_id="memory://test-async/process",
+        async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+    )
+    with pytest.raises(dcp.CheckpointException, match="memory of one process"):
+        future.result()
+
+
+def test_closed_stager_is_refused(tmp_path: Path) -> None:
+    stager = DefaultStager()
+    stager.close()
+    with pytest.raises(PlanError, match="the stager was closed"):
+        dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path, async_stager=stager)
+
+
+def test_classes_that_the_saving_process_cannot_import_are_named() -> None:
+    with pytest.raises(NotSupportedError, match="needs 'Mine', which was typed in or piped"):
+        load_state(b"c__main__\nMine\n.", {"sys_path": sys.path})
+
+
+def test_script_that_is_no_file_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
+    assert not {"init_main_from_path", "init_main_from_name"} & set(_async_process._main_script())
 
 
 def test_unknown_form_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ class TestFolderOfAnother(StorageConformance):
         return FsspecStorage(DirFileSystem(outer, files), "ckpt")
 
 
+class TestRootOfAnother(StorageConformance):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return FsspecStorage(DirFileSystem(str(tmp_path / "ckpt"), fsspec.filesystem("file")), "")
+
+
 def test_urls_of_local_files_are_local_storage(tmp_path: Path) -> None:
     for url in (str(tmp_path), tmp_path, f"file://{tmp_path}", f"local://{tmp_path}"):
         storage = storage_at(url)

@@ -142,6 +142,14 @@ class _Process:
             self._process.wait()
 
 
+def _refuse_own_memory(place: Any) -> None:
+    if place is not None and os.fspath(place).startswith("memory://"):
+        raise NotSupportedError(
+            f"{place}: memory:// is the memory of one process, where nobody would find what the "
+            f"saving process put there: save in the thread form"
+        )
+
+
 def _dumped(request: Any, state: dict[str, Any]) -> tuple[bytes, Any]:
     try:
         return dump_state((request, state))
@@ -165,7 +173,11 @@ def _main_script() -> dict[str, Any]:
     found: dict[str, Any] = multiprocessing.spawn.get_preparation_data("shardpoint-saver")
     # only where the script is; not the keys and settings of multiprocessing itself
     names = ("init_main_from_name", "init_main_from_path", "sys_path", "sys_argv", "dir")
-    return {name: found[name] for name in names if name in found}
+    main = {name: found[name] for name in names if name in found}
+    if not os.path.exists(main.get("init_main_from_path", "")):
+        # typed in, or piped to the interpreter: there is nothing that could be imported
+        main.pop("init_main_from_path", None)
+    return main
 
 
 def _exchange(coordinator: Coordinator, name: str, payload: Any) -> tuple[str, Any]:
@@ -192,6 +204,7 @@ def save_in_process(
 ) -> Metadata:
     """Save with the help of the saving process; `coordinator` is guarded."""
     state = staged()
+    _refuse_own_memory(request.place)
     start_process()
     assert _process is not None
     # what a stager of the program copied to private memory is copied once more, out of the way

@@ -22,6 +22,7 @@ from shardpoint.dcp._async_process import (
     start_process,
 )
 from shardpoint.dcp._background_group import background_coordinator
+from shardpoint.dcp._file_system import StoragePlace, is_known
 from shardpoint.dcp._pending import begin, settle
 from shardpoint.dcp._process_group import Timeout
 from shardpoint.dcp._state import call_state_dict
@@ -31,6 +32,7 @@ from shardpoint.dcp.planner import SavePlanner
 from shardpoint.dcp.staging import AsyncStager, BlockingAsyncStager
 from shardpoint.dcp.storage import StorageWriter
 from shardpoint.errors import PlanError
+from shardpoint.storage.places import local_path
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "SaveRequest", "start_save"]
 
@@ -73,6 +75,22 @@ class SaveRequest:
     planner: SavePlanner | None
     rank: int | None
 
+    def with_whole_path(self) -> SaveRequest:
+        """Return the request with a local place as a whole path.
+
+        The program may change its folder while the save runs.
+        """
+        writer = self.storage_writer
+        if writer is not None and not (isinstance(writer, StoragePlace) and is_known(writer.fs)):
+            return self  # what its places are only the program knows
+        path = None if not self.place else local_path(os.fspath(self.place))
+        if path is None or os.path.isabs(path):
+            return self
+        try:
+            return replace(self, checkpoint_id=os.path.abspath(path))
+        except OSError:  # the folder was removed; the save says so, to all ranks
+            return self
+
     @property
     def place(self) -> str | os.PathLike[str] | None:
         """Where it saves to, if that can be known."""
@@ -109,6 +127,7 @@ def start_save(
     if not use_collectives:
         request = replace(request, rank=coordinator.rank)
         coordinator = SingleProcess()
+    request = request.with_whole_path()
     background = _Background(request, save, coordinator, in_process)
     try:
         if in_process:

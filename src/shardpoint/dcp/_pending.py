@@ -13,6 +13,7 @@ from typing import Any
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.metadata import Metadata
 from shardpoint.errors import ShardpointError
+from shardpoint.storage.places import same_spelling
 
 __all__ = [
     "PendingSave",
@@ -101,10 +102,7 @@ _lock = threading.Lock()
 
 def place_of(checkpoint_id: str | os.PathLike[str] | None) -> str | None:
     """Return one spelling of a place."""
-    if checkpoint_id is None:
-        return None
-    text = os.fspath(checkpoint_id)
-    return text if "://" in text else os.path.realpath(text)
+    return None if checkpoint_id is None else same_spelling(checkpoint_id)
 
 
 def begin(place: str | os.PathLike[str] | None, save: Callable[[], Metadata]) -> PendingSave:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from shardpoint.dcp._slabs import Slab, shared_slab_at
 from shardpoint.dcp._stage_state import sharded_tensor_of
-from shardpoint.errors import ShardpointError
+from shardpoint.errors import NotSupportedError, ShardpointError
 
 __all__ = ["Channel", "dump_state", "is_in_shared_memory", "load_state", "portable", "set_memory"]
 
@@ -144,13 +144,13 @@ class _StateUnpickler(pickle.Unpickler):
     name ``__mp_main__``, as `multiprocessing` does.
     """
 
-    def __init__(self, stream: io.BytesIO, prepare: Callable[[], None] | None) -> None:
+    def __init__(self, stream: io.BytesIO, prepare: Callable[[str], None] | None) -> None:
         super().__init__(stream)
         self._prepare = prepare
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__main__" and self._prepare is not None:
-            self._prepare()
+            self._prepare(name)
         if module == "__mp_main__" and self._prepare is None:
             module = "__main__"
         if module in ("__main__", "__mp_main__"):
@@ -170,7 +170,12 @@ def load_state(message: bytes, main: Mapping[str, Any] | None) -> Any:
     if main is not None:
         given = dict(main)
 
-        def prepare() -> None:
+        def prepare(name: str) -> None:
+            if not {"init_main_from_name", "init_main_from_path"} & set(given):
+                raise NotSupportedError(
+                    f"the saving process needs {name!r}, which was typed in or piped to the "
+                    f"interpreter: put it into a module, or save in the thread form"
+                )
             multiprocessing.spawn.prepare(given)
 
     return _StateUnpickler(io.BytesIO(message), prepare).load()

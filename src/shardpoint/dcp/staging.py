@@ -16,6 +16,7 @@ import torch
 from shardpoint.dcp._slabs import release_free
 from shardpoint.dcp._stage_state import StateStager
 from shardpoint.dcp.metadata import STATE_DICT_TYPE
+from shardpoint.errors import PlanError
 
 __all__ = [
     "AsyncStager",
@@ -109,6 +110,7 @@ class DefaultStager(AsyncStager):
                 # made here: in the copying thread it could turn out to be the one that computes
                 self._stream = torch.Stream()
         self._future: Future[STATE_DICT_TYPE] | None = None
+        self._is_closed = False
 
     def stage(
         self, state_dict: STATE_DICT_TYPE, **kwargs: Any
@@ -122,6 +124,8 @@ class DefaultStager(AsyncStager):
         """
         if self._executor is None:
             return self._stage(state_dict, None)
+        if self._is_closed:
+            raise PlanError("the stager was closed: make another one")
         written = None
         if torch.accelerator.is_available():
             # what the caller's stream has been given so far comes before the copies
@@ -151,6 +155,7 @@ class DefaultStager(AsyncStager):
 
     def close(self) -> None:
         """Wait for the copy that is being made, and let go of thread and buffers."""
+        self._is_closed = True
         if self._executor is not None:
             self._executor.shutdown(wait=True)
         self._future = None

@@ -54,6 +54,7 @@ class FsspecStorage(Storage):
     ) -> None:
         self._files = file_system
         self._path = path.rstrip("/")
+        self._prefix = self._path + "/" if self._path else file_system.root_marker
         protocol = file_system.protocol
         self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self._location = location or file_system.unstrip_protocol(path)
@@ -106,17 +107,18 @@ class FsspecStorage(Storage):
 
     def prepare(self) -> None:
         """Make the folder where the store has such a thing; see `Storage.prepare`."""
-        self._make_folder(self._path)
+        if self._path or not self.exists():
+            self._make_folder(self._path)
 
     def list(self) -> builtins.list[str]:
         """Return the names of all files; see `Storage.list`."""
         self._forget()
         found = self._call("list", "", lambda: self._files.find(self._path), missing=[])
-        prefix = self._path + "/"
+        start = len(self._prefix)
         return sorted(
-            name[len(prefix) :]
+            name[start:]
             for name in found
-            if name.startswith(prefix) and not name.endswith("/")
+            if name.startswith(self._prefix) and not name.endswith("/")
         )
 
     def list_folder(self, folder: str = "") -> builtins.list[str]:
@@ -124,7 +126,7 @@ class FsspecStorage(Storage):
         path = self._at(folder) if folder else self._path
         self._forget()
         found = self._call("list", folder, lambda: self._files.ls(path, detail=True), missing=[])
-        start = len(self._path) + 1
+        start = len(self._prefix)
         return sorted(
             entry["name"].rstrip("/")[start:] + ("/" if entry["type"] == "directory" else "")
             for entry in found
@@ -239,7 +241,7 @@ class FsspecStorage(Storage):
 
     def _at(self, name: str) -> str:
         check_name(name)
-        return f"{self._path}/{name}"
+        return f"{self._prefix}{name}"
 
     def _renames(self) -> bool:
         return bool(self._protocols & _RENAMING)
@@ -258,7 +260,7 @@ class FsspecStorage(Storage):
             self._make_folder(folder)
 
     def _make_folder(self, folder: str) -> None:
-        if folder and folder not in self._known_folders:
+        if folder not in self._known_folders:
             self._call(
                 "make the folder of",
                 folder,

@@ -13,7 +13,7 @@ from shardpoint.storage.local import LocalStorage
 if TYPE_CHECKING:
     from shardpoint.storage.fsspec import FsspecStorage
 
-__all__ = ["is_url", "local_path", "remote_storage", "storage_at"]
+__all__ = ["is_url", "local_path", "remote_storage", "same_spelling", "storage_at"]
 
 _LOCAL_PROTOCOLS = ("file://", "local://")
 
@@ -29,6 +29,19 @@ def local_path(place: str) -> str | None:
         if place.startswith(protocol):
             return place[len(protocol) :]
     return None if is_url(place) else place
+
+
+def same_spelling(place: str | os.PathLike[str]) -> str:
+    """Return one spelling for all names of a place that can be told to be the same.
+
+    Local places are whole paths then, without links, whether given as paths or URLs.
+    """
+    text = os.fspath(place)
+    path = local_path(text)
+    if path is not None:
+        return os.path.realpath(path)
+    protocol, _, rest = text.partition("://")
+    return f"{protocol}://{rest.strip('/')}"
 
 
 def storage_at(place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
