@@ -12,7 +12,7 @@ import torch
 
 from shardpoint.dcp._tensors import dense_strides, dtype_of, host_memory
 from shardpoint.dcp.default_planner import DefaultSavePlanner
-from shardpoint.dcp.planner import SavePlanner, WriteItem, WriteItemType
+from shardpoint.dcp.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from shardpoint.engine._geometry import split_box
 from shardpoint.engine.writing import ArraySource, RecordSource
 from shardpoint.errors import PlanError, ShardpointError
@@ -46,32 +46,45 @@ def record_of(
     Parameters
     ----------
     keep
-        Hold on to what the planner gives until it is written. False for planners that
-        make new tensors (a cast, say): those are made again when their turn comes, so
-        that not all of them are in memory at once.
+        Ask the planner for tensors now, and hold on to them until they are written. False
+        for planners that make new tensors (a cast, say): those are asked for when their turn
+        comes, so that each is made once and not all of them are in memory at once.
 
     Raises
     ------
     PlanError
-        If the planner gives something else than the item announces.
+        If the planner gives something else than the item announces; without `keep`, when a
+        tensor's bytes are asked for.
     """
+    if item.type.name == WriteItemType.BYTE_IO.name:
+        return _object_record(item, _resolved(planner, item)), None
+    tensor = _checked(item, _resolved(planner, item)) if keep else None
+    strides = None if tensor is None else dense_strides(tensor)
+    planned = _tensor_data(item)
+    layout = TensorRecordLayout(
+        dtype_of(planned.properties.dtype), tuple(planned.chunk.sizes), strides
+    )
+    source = _TensorSource(planner, item, tensor, layout.payload_length)
+    record = RecordSource(
+        length=layout.length, head=layout.head, payload=(source,), tail=layout.tail
+    )
+    return record, strides
+
+
+def _resolved(planner: SavePlanner, item: WriteItem) -> Any:
     try:
-        data: Any = planner.resolve_data(item)
+        return planner.resolve_data(item)
     except ShardpointError:
         raise
     except Exception as error:
         error.add_note(f"while saving key {item.index.fqn!r}")
         raise
-    if item.type.name == WriteItemType.BYTE_IO.name:
-        return _object_record(item, data), None
-    tensor = _checked(item, data)
-    strides = dense_strides(tensor) if keep else None
-    layout = TensorRecordLayout(dtype_of(tensor.dtype), tuple(tensor.shape), strides)
-    source = _TensorSource(planner, item, tensor if keep else None, layout.payload_length)
-    record = RecordSource(
-        length=layout.length, head=layout.head, payload=(source,), tail=layout.tail
-    )
-    return record, strides
+
+
+def _tensor_data(item: WriteItem) -> TensorWriteData:
+    if item.tensor_data is None:
+        raise PlanError(f"key {item.index.fqn!r}: its write item has no tensor_data")
+    return item.tensor_data
 
 
 def _object_record(item: WriteItem, data: Any) -> RecordSource:
@@ -85,8 +98,8 @@ def _object_record(item: WriteItem, data: Any) -> RecordSource:
 
 
 def _checked(item: WriteItem, data: Any) -> torch.Tensor:
-    key, planned = item.index.fqn, item.tensor_data
-    if not isinstance(data, torch.Tensor) or planned is None:
+    key, planned = item.index.fqn, _tensor_data(item)
+    if not isinstance(data, torch.Tensor):
         raise PlanError(
             f"key {key!r}: resolve_data must give a tensor, it gave {type(data).__name__}"
         )
@@ -121,7 +134,8 @@ class _TensorSource:
     def blocks(self, block_size: int) -> Iterator[memoryview]:
         tensor = self._tensor
         if tensor is None:
-            tensor = _checked(self._item, self._planner.resolve_data(self._item)).contiguous()
+            data = _resolved(self._planner, self._item)
+            tensor = _checked(self._item, data).contiguous()
         array = host_memory(tensor)
         if array is None:
             yield from _staged_blocks(tensor, block_size)
