@@ -30,7 +30,7 @@ from shardpoint.index import (
     build_index,
 )
 
-__all__ = ["index_of", "metadata_of"]
+__all__ = ["index_of", "metadata_of", "stored_index_of"]
 
 
 class _View(dict[Any, Any]):
@@ -160,13 +160,39 @@ def index_of(metadata: Any) -> CheckpointIndex:
     return replace(index, **_planner_fields(metadata.planner_data))
 
 
+def stored_index_of(metadata: Any, stored: Any) -> CheckpointIndex:
+    """Return the columns that say what lies where, for those who read it.
+
+    That is `stored`, the metadata's ``storage_data``, alone: a planner may have renamed or
+    dropped what is described, and its items still name what is stored.
+    """
+    index: CheckpointIndex | None = getattr(metadata, "_index", None)
+    if index is not None and _is_stored_so(metadata, stored, index):
+        return index
+    return index_of(metadata if stored is metadata.storage_data else _with(metadata, stored))
+
+
+def _with(metadata: Any, stored: Any) -> Metadata:
+    return Metadata(
+        state_dict_metadata=metadata.state_dict_metadata,
+        planner_data=metadata.planner_data,
+        storage_data=stored,
+        storage_meta=metadata.storage_meta,
+        version=getattr(metadata, "version", None),
+    )
+
+
 def _is_unchanged(metadata: Any, index: CheckpointIndex) -> bool:
     """Whether the metadata still says what the index does; what nobody looked at does."""
-    described, stored = metadata.state_dict_metadata, metadata.storage_data
+    described = metadata.state_dict_metadata
     if not (isinstance(described, _View) and described.untouched) and (
         described != _state_dict_metadata(index)
     ):
         return False
+    return _is_stored_so(metadata, metadata.storage_data, index)
+
+
+def _is_stored_so(metadata: Any, stored: Any, index: CheckpointIndex) -> bool:
     if stored is None or (isinstance(stored, _View) and stored.untouched):
         return True
     info = getattr(metadata, "_storage_info", None)
@@ -230,7 +256,11 @@ def _columns(metadata: Any) -> CheckpointIndex:
         source="dcp",
         metadata_files=[],
     )
-    return replace(index, **_planner_fields(metadata.planner_data))
+    return replace(
+        index,
+        objects=replace(index.objects, values={}),  # one without a place is not there
+        **_planner_fields(metadata.planner_data),
+    )
 
 
 def _place(info: Any) -> tuple[str | None, int, int, tuple[str, ...]]:

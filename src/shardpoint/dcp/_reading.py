@@ -153,6 +153,9 @@ def _by_items(
 
 def _object_rows(index: CheckpointIndex, keys: Sequence[str]) -> list[int]:
     rows = dict(zip(index.objects.keys, range(len(index.objects)), strict=True))
+    for key in keys:
+        if key not in rows:
+            raise CheckpointKeyError(f"the checkpoint has no object {key!r}")
     return [rows[key] for key in keys]
 
 

@@ -20,14 +20,14 @@ from shardpoint.dcp._extensions import (
     check_extensions,
 )
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
-from shardpoint.dcp._metadata_view import index_of, metadata_of
+from shardpoint.dcp._metadata_view import index_of, metadata_of, stored_index_of
 from shardpoint.dcp._reading import carry_out
 from shardpoint.dcp._write_files import RowWriter
 from shardpoint.dcp._write_images import without_repeated_keys
 from shardpoint.dcp._write_items import columns_of
 from shardpoint.dcp._write_records import prepare_records
 from shardpoint.dcp._write_results import written_by
-from shardpoint.dcp.metadata import Metadata, StorageMeta
+from shardpoint.dcp.metadata import Metadata, MetadataIndex, StorageMeta
 from shardpoint.dcp.planner import (
     LoadPlan,
     LoadPlanner,
@@ -365,6 +365,11 @@ class FileSystemReader(StoragePlace, StorageReader):
         Reading threads; None is a number that fits the machine.
     allowed
         Classes that objects in a ``torch.save`` file may hold beyond the closed list.
+
+    Attributes
+    ----------
+    storage_data
+        Where each item lies, as the metadata has it; a subclass may put another in its place.
     """
 
     def __init__(
@@ -389,6 +394,8 @@ class FileSystemReader(StoragePlace, StorageReader):
         self.load_id = secrets.token_hex(16)
         self.statistics: ReadStatistics | None = None
         self._index: CheckpointIndex | None = None
+        self._metadata: Metadata | None = None
+        self.storage_data: dict[MetadataIndex, Any] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id:
@@ -411,6 +418,7 @@ class FileSystemReader(StoragePlace, StorageReader):
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
+        self._metadata, self.storage_data = metadata, metadata.storage_data
         return metadata
 
     def _open(self, rank: int | None) -> tuple[CheckpointIndex, Storage]:
@@ -429,7 +437,7 @@ class FileSystemReader(StoragePlace, StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        self._index = index_of(metadata)
+        self._metadata, self.storage_data = metadata, metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -438,9 +446,9 @@ class FileSystemReader(StoragePlace, StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        index = self._index
-        if index is None:
+        if self._metadata is None:
             raise PlanError("set_up_storage_reader was not called")
+        index = stored_index_of(self._metadata, self.storage_data)
         with noticing_replacement(index, self.storage):
             self.statistics = carry_out(
                 plan,
