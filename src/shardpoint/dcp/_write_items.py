@@ -143,7 +143,11 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
             rows.add(key, 0)
             continue
         look: tuple[Any, ...] | None = None
-        if kind in _PLAIN_TENSORS and not hasattr(value, "__create_write_items__"):
+        if (
+            kind in _PLAIN_TENSORS
+            and not hasattr(value, "__create_write_items__")
+            and not value.is_nested  # which has no shape
+        ):
             # All that `_describe` looks at.
             look = (
                 *(value.shape, value.dtype, value.requires_grad, value.layout, value.is_meta),
@@ -184,21 +188,13 @@ def _describe(rows: _Rows, key: str, value: Any) -> None:
             properties = TensorProperties.create_from_tensor(value.to_local())
             rows.add_chunk(key, SHARD, properties, value.shape, *dtensor_box(value))
     elif isinstance(value, ShardedTensor):
-        metadata = value.metadata()
-        given = metadata.tensor_properties
-        properties = TensorProperties(
-            given.dtype,
-            given.layout,
-            given.requires_grad,
-            given.memory_format,
-            given.pin_memory,
-        )
+        size, properties = value.metadata().size, sharded_properties(value)
         for shard in value.local_shards():
             box = shard.metadata
-            rows.add_chunk(
-                key, SHARD, properties, metadata.size, box.shard_offsets, box.shard_sizes
-            )
+            rows.add_chunk(key, SHARD, properties, size, box.shard_offsets, box.shard_sizes)
     elif isinstance(value, torch.Tensor):
+        if value.is_nested:
+            raise NotSupportedError("a nested tensor cannot be stored: save its parts")
         if value.device.type == "meta":
             raise NotSupportedError("a tensor on the meta device has no values to save")
         rows.add_chunk(
@@ -211,6 +207,14 @@ def _describe(rows: _Rows, key: str, value: Any) -> None:
         )
     else:
         rows.add_object(key)
+
+
+def sharded_properties(value: ShardedTensor) -> TensorProperties:
+    """Return the properties that all shards of a tensor have."""
+    given = value.metadata().tensor_properties
+    return TensorProperties(
+        given.dtype, given.layout, given.requires_grad, given.memory_format, given.pin_memory
+    )
 
 
 def memory_format_of(encoding: int) -> torch.memory_format:

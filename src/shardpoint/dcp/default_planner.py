@@ -8,16 +8,22 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
-from shardpoint.dcp._layouts import find_local
 from shardpoint.dcp._load_plan import plan_load
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import read_object, write_object
 from shardpoint.dcp._paths import Paths
 from shardpoint.dcp._state import flatten_state, materialize_meta_tensors, set_at
-from shardpoint.dcp._write_items import WriteTable, columns_of, describe_state
+from shardpoint.dcp._write_items import (
+    WriteTable,
+    columns_of,
+    describe_state,
+    sharded_properties,
+)
 from shardpoint.dcp.metadata import (
     STATE_DICT_TYPE,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
@@ -32,7 +38,8 @@ from shardpoint.dcp.planner import (
     WriteItem,
     WriteItemType,
 )
-from shardpoint.errors import CheckpointKeyError, PlanError
+from shardpoint.dcp.utils import find_state_dict_object
+from shardpoint.errors import PlanError
 from shardpoint.planning.save import merge, plan_writes
 from shardpoint.tree import unflatten
 
@@ -136,7 +143,7 @@ class DefaultSavePlanner(SavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return the value, or for tensors the local chunk, that an item names."""
-        return _find(self.state_dict, index)
+        return find_state_dict_object(self.state_dict, index)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """Return what is written: tensors as they are, objects as a stream of their record."""
@@ -253,7 +260,7 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the local chunk that an item names."""
-        found: torch.Tensor = _find(self.state_dict, index)
+        found: torch.Tensor = find_state_dict_object(self.state_dict, index)
         return found
 
     def transform_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
@@ -370,13 +377,26 @@ def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]
     return all_plans
 
 
-def _find(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
-    if index.fqn not in state_dict:
-        raise CheckpointKeyError(f"the state dict has no key {index.fqn!r}")
-    value = state_dict[index.fqn]
-    if isinstance(value, torch.Tensor) or index.offset is not None:
-        return find_local(index.fqn, value, index.offset, index.index)
-    return value
+def _create_default_local_metadata(state_dict: STATE_DICT_TYPE) -> Metadata:
+    """Return the metadata of a flat state dict as this rank alone can tell it, without a save.
+
+    A `ShardedTensor` knows the shards of all ranks, so these are all in it; of a `DTensor`
+    there is this rank's part.
+    """
+    plan = create_default_local_save_plan(state_dict, is_coordinator=True)
+    described = create_default_global_save_plan([plan])[1].state_dict_metadata
+    for key, value in state_dict.items():
+        if isinstance(value, ShardedTensor):
+            known = value.metadata()
+            described[key] = TensorStorageMetadata(
+                properties=sharded_properties(value),
+                size=known.size,
+                chunks=[
+                    ChunkStorageMetadata(torch.Size(box.shard_offsets), torch.Size(box.shard_sizes))
+                    for box in known.shards_metadata
+                ],
+            )
+    return Metadata({key: described[key] for key in state_dict if key in described})
 
 
 def _distinct(mappings: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any]]:

@@ -147,10 +147,11 @@ def load(
 
 
 def _states(state_dict: STATE_DICT_TYPE) -> dict[str, Any]:
-    # sorted, so that states whose making is collective are made in the same order everywhere
+    # sorted, so that states whose making is collective are made in the same order everywhere;
+    # as text, since numbers may be among the keys
     return {
         key: value.state_dict() if is_stateful(value := state_dict[key]) else value
-        for key in sorted(state_dict)
+        for key in sorted(state_dict, key=str)
     }
 
 
