@@ -95,6 +95,7 @@ def test_public_names_are_these() -> None:
         "ConcurrentSaveError",
         "ChunkInfo",
         "CorruptionError",
+        "DamagedCheckpointError",
         "ForbiddenContentError",
         "FormatError",
         "LimitExceededError",

@@ -38,7 +38,8 @@ class ChunkInfo:
     checksum
         CRC-32 of the elements' bytes, or None where it is not known without reading.
     record_checksum
-        CRC-32 of all bytes of the span, or None where the index has none.
+        CRC-32 of all bytes of the span, or of the header of the safetensors image that the
+        chunk is in, or None where the index has none.
     """
 
     offsets: tuple[int, ...]

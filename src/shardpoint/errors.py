@@ -12,6 +12,7 @@
     ├── CorruptionError              (ValueError)         bytes are missing or changed
     ├── CheckpointKeyError           (KeyError)           no such key
     ├── PlanError                    (ValueError)         wanted and stored do not fit together
+    │   └── DamagedCheckpointError   (CorruptionError)    the index and the files do not
     ├── NotSupportedError            (NotImplementedError) known, not done
     │   └── UnknownExtensionError    (ValueError)         an extension that nobody registered
     ├── StorageError                 (OSError)            the store refused
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ConcurrentSaveError",
     "CorruptionError",
+    "DamagedCheckpointError",
     "ForbiddenContentError",
     "FormatError",
     "LimitExceededError",
@@ -142,6 +144,10 @@ class PlanError(ShardpointError, ValueError):
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *(f"  - {problem}" for problem in self.problems)])
+
+
+class DamagedCheckpointError(PlanError, CorruptionError):
+    """Chunks overlap, leave holes, or lie outside of their files; every reason is in `problems`."""
 
 
 class NotSupportedError(ShardpointError, NotImplementedError):

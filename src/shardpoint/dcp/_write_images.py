@@ -94,7 +94,7 @@ def image_records(
 
 
 def in_images(written: WrittenRecords, objects: int) -> WrittenRecords:
-    """Return the columns of a file without the header's row, and tensors with its offset.
+    """Return the columns of a file without the header's row; tensors get its offset and checksum.
 
     Parameters
     ----------
@@ -106,6 +106,8 @@ def in_images(written: WrittenRecords, objects: int) -> WrittenRecords:
     keep = np.arange(len(written)) != objects
     offset = written.offset.copy()
     offset[objects:] = offset[objects]
+    record_checksum = written.record_checksum.copy()
+    record_checksum[objects:] = record_checksum[objects]
     counts = np.diff(written.first_block)[keep]  # the header has no payload, so no blocks
     return replace(
         written,
@@ -114,7 +116,7 @@ def in_images(written: WrittenRecords, objects: int) -> WrittenRecords:
         payload_offset=written.payload_offset[keep],
         payload_length=written.payload_length[keep],
         payload_checksum=written.payload_checksum[keep],
-        record_checksum=written.record_checksum[keep],
+        record_checksum=record_checksum[keep],
         first_block=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
     )
 

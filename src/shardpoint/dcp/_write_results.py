@@ -106,7 +106,6 @@ def results_of(
         flags=np.zeros(len(rows), np.uint8),
     )
     keys = columns.keys
-    in_image = ~is_object & (container == Container.SAFETENSORS_IMAGE)
     return ResultTable(
         ResultColumns(
             Written(
@@ -121,8 +120,7 @@ def results_of(
                 transforms=[transforms] * len(rows),
                 payloads=payloads,
                 blocks=BlockChecksums(BLOCK_BYTES, _firsts(block_counts), blocks[of_tensor]),
-                # That of an image's tensor is its payload's, not that of the bytes at `offset`.
-                record_checksum=np.where(in_image, UNKNOWN, joined("record_checksum")),
+                record_checksum=joined("record_checksum"),
                 container=np.where(is_object, Container.TORCH_RECORD, container).astype(np.uint8),
             ),
             storage_info,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shardpoint.engine._payload import Payload, Place, known_payload, place_of
 from shardpoint.engine.targets import ReadRequest
-from shardpoint.errors import PlanError, Problem, UnsafePathError
+from shardpoint.errors import DamagedCheckpointError, PlanError, Problem, UnsafePathError
 from shardpoint.index import NO_FILE, CheckpointIndex
 from shardpoint.planning.intersect import intersect
 from shardpoint.planning.validate import find_problems, find_span_problems
@@ -239,8 +239,8 @@ def _file_sizes(
     return sizes
 
 
-def _damaged(storage: Storage, problems: Sequence[Problem]) -> PlanError:
-    return PlanError(f"the checkpoint at {storage.location!r} is damaged", problems)
+def _damaged(storage: Storage, problems: Sequence[Problem]) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"the checkpoint at {storage.location!r} is damaged", problems)
 
 
 def _check_covered(index: CheckpointIndex, wanted: Wanted, pairs: Pairs) -> None:

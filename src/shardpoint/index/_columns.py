@@ -179,8 +179,9 @@ class Chunks:
     blocks
         Checksums of parts of the payloads; None where there are none.
     record_checksum
-        ``int64[m]``: CRC-32 of all bytes of the record as they lie in the file, or `UNKNOWN`;
-        None where there are none.
+        ``int64[m]``: CRC-32 of all bytes of the record as they lie in the file, of a
+        safetensors image's tensor that of the image's header; or `UNKNOWN`. None where there
+        are none.
     """
 
     tensor: Int64Array

@@ -36,7 +36,8 @@ def find_problems(
 
     Nothing is read, and nothing is allocated by a size that the index claims. Near-linear
     in the number of chunks. At most a few problems of one kind are named for each tensor.
-    Chunks of size zero are fine wherever they lie in their tensor, with bytes or without.
+    Chunks of size zero are fine wherever they lie in their tensor, with bytes or without; what
+    bytes they have is to be in the file only where all tensors are looked at: nothing reads them.
 
     Parameters
     ----------
@@ -58,6 +59,7 @@ def find_problems(
         selected[rows] = True
     chunk_rows = np.flatnonzero(selected[chunks.tensor])
     found = list(geometry_problems(index, selected, chunk_rows, check_coverage=check_coverage))
+    stored = chunk_rows[chunks.file[chunk_rows] != NO_FILE]
     chunk_rows = chunk_rows[(chunks.sizes[chunk_rows] != 0).all(axis=1)]
     found += _without_file(index, chunk_rows)
     chunk_rows = chunk_rows[chunks.file[chunk_rows] != NO_FILE]
@@ -65,7 +67,7 @@ def find_problems(
     if file_sizes is not None:
         known = [file_sizes.get(name, _UNCHECKED) for name in index.files]
         sizes = np.array([_MISSING if size is None else size for size in known], np.int64)
-        found += _record_spans(index, chunk_rows, sizes)
+        found += _record_spans(index, stored if rows is None else chunk_rows, sizes)
         found += _payload_spans(index, chunk_rows, sizes)
         last += _objects(index, sizes) if rows is None else []
         last += _missing_files(index, chunk_rows, sizes, with_objects=rows is None)

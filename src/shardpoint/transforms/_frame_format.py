@@ -194,8 +194,12 @@ def read_table(stored: RecordBytes, *, most: int, origin: Origin) -> FrameTable:
         missing = footer_length - len(tail)
         tail = read_at(stored, size - footer_length, missing) + tail
     footer = memoryview(tail)[-footer_length:]
-    if zlib_ng.crc32(footer[: -_UNCHECKED.size]) != checksum:
-        raise origin.corrupt("the frame table is damaged: its CRC-32 is another")
+    found = zlib_ng.crc32(footer[: -_UNCHECKED.size])
+    if found != checksum:
+        raise origin.corrupt(
+            f"the frame table, bytes {size - footer_length} to {size} of what is stored, is "
+            f"damaged: wanted CRC-32 {checksum:#010x}, found {found:#010x}"
+        )
     if bytes(read_at(stored, 0, len(START))) != START:
         raise origin.corrupt("the record does not begin as one of frames does")
     header_end = table_length + header_length

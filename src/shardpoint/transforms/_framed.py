@@ -231,8 +231,9 @@ class FramedRecord:
 
     def _decode(self, number: int, stored: memoryview, into: memoryview) -> None:
         try:
-            if zlib_ng.crc32(stored) != int(self._table.checksums[number]):
-                raise DamagedFrameError("its CRC-32 is another")
+            wanted, found = int(self._table.checksums[number]), zlib_ng.crc32(stored)
+            if found != wanted:
+                raise DamagedFrameError(f"wanted CRC-32 {wanted:#010x}, found {found:#010x}")
             self._decoder.decode(number, stored, into)
         except DamagedFrameError as error:
             start, end = self._table.encoded[number : number + 2].tolist()

@@ -22,7 +22,7 @@ from shardpoint.errors import Problem, ShardpointError
 from shardpoint.formats.checksum import crc32
 from shardpoint.formats.safetensors import SafetensorsHeader, read_header
 from shardpoint.formats.torch_record import HEAD_BYTES, TAIL_BYTES, RecordMember, parse_record
-from shardpoint.index import CheckpointIndex, Container
+from shardpoint.index import UNKNOWN, CheckpointIndex, Container
 from shardpoint.storage import Storage
 from shardpoint.verify._report import problem_of
 
@@ -122,11 +122,26 @@ class _Headers:
         if header is None:
             with self._files.use(name) as file:
                 header = read_header(file.read_at, file.size, offset=offset, file=name)
+                data = file.read_at(offset, header.data_start - offset)
             self._images[name, offset] = header
+            self._compare_header(place, data)
         known = known_payload(self._index, place)
         found = from_image(place, header)
         if known is not None:
             _check_same(place, known, found)
+
+    def _compare_header(self, place: Place, data: bytes) -> None:
+        """Compare an image's header with its checksum, where the index has one."""
+        checksums = self._index.chunks.record_checksum
+        wanted = UNKNOWN if checksums is None else int(checksums[place.chunk])
+        found = crc32(data)
+        if wanted not in (UNKNOWN, found):
+            start = place.record_offset
+            message = (
+                f"bytes {start} to {start + len(data)} (the header of the safetensors image) are "
+                f"damaged: wanted CRC-32 {wanted:#010x}, found {found:#010x}"
+            )
+            self._result.problems.append(Problem(message, place.key, place.file, start))
 
     def check_object(self, row: int) -> None:
         objects = self._index.objects

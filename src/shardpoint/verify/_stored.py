@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from shardpoint.engine.checksumming import Spans, checksum_spans
 from shardpoint.errors import Problem
-from shardpoint.index import NO_FILE, UNKNOWN, CheckpointIndex
+from shardpoint.index import NO_FILE, UNKNOWN, CheckpointIndex, Container
 from shardpoint.storage import Storage
 from shardpoint.verify._report import problem_of
 
@@ -122,11 +122,14 @@ def _records_of(index: CheckpointIndex) -> _Records:
         ]
         return np.concatenate(columns)
 
+    checksum = joined("record_checksum", UNKNOWN)
+    # That of an image is its header's, which is checked where headers are.
+    checksum[: len(chunks)][chunks.container == Container.SAFETENSORS_IMAGE] = UNKNOWN
     return _Records(
         file=joined("file", NO_FILE),
         start=joined("record_offset", 0),
         length=joined("record_length", 0),
-        checksum=joined("record_checksum", UNKNOWN),
+        checksum=checksum,
     )
 
 
