@@ -130,9 +130,7 @@ def _read_checked(file: Readable, runs: Runs, dense: memoryview, blocks: Blocks)
     Returns False, having read nothing, where that is not affordable.
     """
     size = blocks.size
-    first = runs.starts - runs.starts % size
-    last = np.minimum(-(-(runs.starts + runs.lengths) // size) * size, blocks.end)
-    spans = coalesce(first, last - first, gap_budget_bytes=0)
+    spans = _touched(runs, size, blocks.end)
     surplus = int(spans.lengths.sum()) - len(dense)
     if not blocks.affordable(len(dense), surplus, _CHECKED_RATIO):
         return False
@@ -155,6 +153,17 @@ def _read_checked(file: Readable, runs: Runs, dense: memoryview, blocks: Blocks)
     return True
 
 
+def _touched(runs: Runs, size: int, end: int) -> Runs:
+    """Return the spans of the blocks that runs lie in."""
+    stops = runs.starts + runs.lengths
+    if _widest_gap(runs) < size:  # no block is left out; most strided parts are like this
+        first, last = int(runs.starts[0]) // size * size, -(-int(stops[-1]) // size) * size
+        return Runs(np.array([first]), np.array([min(last, end) - first]))
+    firsts = runs.starts - runs.starts % size
+    lasts = np.minimum(-(-stops // size) * size, end)
+    return coalesce(firsts, lasts - firsts, gap_budget_bytes=0)
+
+
 def _check_inside(runs: Runs, dense: memoryview, blocks: Blocks) -> None:
     """Compare the blocks that lie whole in single runs."""
     positions = np.cumsum(runs.lengths) - runs.lengths
@@ -165,9 +174,11 @@ def _check_inside(runs: Runs, dense: memoryview, blocks: Blocks) -> None:
 
 def _read_runs(file: Readable, base: int, runs: Runs, dense: memoryview, gap_budget: int) -> None:
     """Read runs one after the other into `dense`; what lies between goes nowhere."""
-    reads = coalesce(runs.starts, runs.lengths, gap_budget_bytes=gap_budget)
-    if 2 * len(reads.starts) > len(runs.starts):
-        reads = runs  # to bridge a few gaps of many saves next to nothing
+    reads = runs  # to bridge a few gaps of many saves next to nothing
+    if 2 * _bridged_at_most(runs, gap_budget) >= len(runs.starts):
+        reads = coalesce(runs.starts, runs.lengths, gap_budget_bytes=gap_budget)
+        if 2 * len(reads.starts) > len(runs.starts):
+            reads = runs
     length = int(runs.lengths[0])
     if (
         isinstance(file, CountedFile)
@@ -197,8 +208,22 @@ def _read_runs(file: Readable, base: int, runs: Runs, dense: memoryview, gap_bud
             file.read_into(base + offset, vector)
 
 
+def _gaps(runs: Runs) -> npt.NDArray[np.int64]:
+    return runs.starts[1:] - runs.starts[:-1] - runs.lengths[:-1]
+
+
+def _widest_gap(runs: Runs) -> int:
+    return int(_gaps(runs).max(initial=0))
+
+
+def _bridged_at_most(runs: Runs, budget: int) -> int:
+    """Return a number of gaps that those within a budget do not exceed."""
+    gaps = _gaps(runs)
+    return budget // max(int(gaps.min()), 1) if len(gaps) else 0
+
+
 def _largest_gap(runs: Runs, budget: int) -> int:
-    gaps = runs.starts[1:] - (runs.starts + runs.lengths)[:-1]
+    gaps = _gaps(runs)
     return int(gaps[gaps <= budget].max(initial=0))
 
 
