@@ -53,6 +53,19 @@ def test_one_thread_or_one_task_runs_in_the_calling_thread() -> None:
     assert where == [threading.current_thread()] * 4
 
 
+def test_calling_thread_is_one_of_those_that_work() -> None:
+    where: set[threading.Thread] = set()
+    together = threading.Barrier(3)
+
+    def task() -> None:
+        where.add(threading.current_thread())
+        together.wait(5)
+
+    run_tasks([task] * 3, threads=3, name="joined")
+    assert len(where) == 3
+    assert threading.current_thread() in where
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_first_failure_cancels_the_rest_and_keeps_its_traceback(threads: int) -> None:
     done: list[int] = []

@@ -64,6 +64,8 @@ class _Process:
                 "the main script saves while the saving process imports it: put what it does "
                 "under `if __name__ == '__main__':`"
             )
+        # Now: a script that has run to its end, while its last save goes on, has no name any more.
+        self._main = _main_script()
         here, there = socket.socketpair()
         with there:
             arguments = [str(there.fileno()), str(os.getpid()), json.dumps(sys.path)]
@@ -87,7 +89,7 @@ class _Process:
         header = {
             "kept": list(slabs),
             "new": [(number, slab.size) for number, slab in new],
-            "main": _main_script(),
+            "main": self._main,
             "folder": _folder(),
             "rank": coordinator.rank,
             "world_size": coordinator.world_size,

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 __all__ = ["default_threads", "run_tasks"]
@@ -45,10 +45,10 @@ def run_tasks(tasks: Iterable[Callable[[], None]], *, threads: int, name: str) -
     tasks
         What to run; each is called once, in some thread.
     threads
-        How many may run at once, at least one; there are never more than tasks. With one
-        thread, or one task, all runs in the calling thread.
+        How many may run at once, at least one; there are never more than tasks. The calling
+        thread is one of them: with one thread, or one task, it runs all.
     name
-        Prefix of the threads' names.
+        Prefix of the other threads' names.
     """
     iterator = iter(tasks)
     if threads <= 1:
@@ -74,11 +74,13 @@ class _Run:
         self._failure: BaseException | None = None
 
     def run(self, threads: int, name: str) -> None:
-        with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
+        with ThreadPoolExecutor(threads - 1, thread_name_prefix=name) as pool:
             try:
-                wait([pool.submit(self._work) for _ in range(threads)])
+                for _ in range(threads - 1):
+                    pool.submit(self._work)
+                self._work()  # to wait for a thread to begin would be the longer part of short work
             except BaseException:
-                # An interrupt of the waiting thread: leaving the block joins the others.
+                # No thread could be started: leaving the block joins the others.
                 self._stopped = True
                 raise
         if self._failure is not None:

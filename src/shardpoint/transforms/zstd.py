@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import numpy as np
+
 from shardpoint.errors import (
     CorruptionError,
     LimitExceededError,
@@ -46,7 +48,7 @@ class Zstd:
         return MemoryRecord(content)
 
 
-def decompress(data: memoryview, max_size: int, key: str, file: str) -> bytes:
+def decompress(data: memoryview, max_size: int, key: str, file: str) -> memoryview:
     """Return the content of the one frame that `data` is.
 
     Raises
@@ -59,19 +61,19 @@ def decompress(data: memoryview, max_size: int, key: str, file: str) -> bytes:
     except ImportError as error:
         message = "compressed with zstd: install shardpoint[zstd] to read it"
         raise NotSupportedError(str(Problem(message, key, file))) from error
-    most = _check_frame(data, key, file)
-    content = bytearray()
+    most = min(_check_frame(data, key, file), max_size)
+    # Memory that is not written is not there: decoding goes straight to where it stays.
+    content = np.empty(most + 1, np.uint8).data
+    filled = 0
     try:
         decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         with decompressor.stream_reader(data) as reader:
-            while True:
-                piece = reader.read(min(_STEP, most + 1, max_size + 1 - len(content)))
-                content += piece
-                if len(content) > max_size:
+            while count := reader.readinto(content[filled : filled + _STEP]):
+                filled += count
+                if filled > max_size:
                     message = f"the zstd frame holds more than the {max_size} bytes it may"
                     _fail(message, key, file, LimitExceededError)
-                if not piece:
-                    return bytes(content)
+        return content[:filled]
     except zstandard.ZstdError as error:
         raise CorruptionError(
             str(Problem(f"the zstd frame is damaged: {error}", key, file))
