@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cases import Case, Job
 from shardpoint.coordination import gather_scatter
 from shardpoint.dcp._metadata_view import metadata_of
+from shardpoint.dcp._paths import Paths
 from shardpoint.dcp._write_items import WriteTable, columns_of
 from shardpoint.dcp._write_results import ResultColumns, ResultTable
 from shardpoint.dcp.filesystem import _StorageInfo
@@ -188,7 +189,7 @@ def _local_plan(ranks: int, rank: int, job: Job) -> SavePlan:
     shifted = columns.offsets.copy()
     shifted[columns.sizes[:, 0] < columns.shape[:, 0], 0] = rank
     columns = replace(columns, keys=[*columns.keys], offsets=shifted)
-    paths = {**template.planner_data}
+    paths = Paths(template.planner_data)
     if rank:
         keep = np.arange(len(columns)) < len(columns) - 1  # only rank 0 has the scalar
         columns = columns.take(keep)
