@@ -5,6 +5,8 @@
 #   make test    lint, all tests, and the tests of the core where torch is not installed
 #   make bench   measurements: benchmarks/run.py
 #   make fuzz    fuzzing guided by coverage, SECONDS=600: fuzz/run.py
+#   make faults  kills and failures at every system call, with their counts
+#   make compare-faults  the same faults for torch's package and this one: faults/compare.py
 #   make lint    ruff, mypy (strict), import-linter
 #
 # PYTHON=... picks the interpreter that the environments are made with.
@@ -38,7 +40,7 @@ fi
 endef
 INSTALL := -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-all test-core bench fuzz lint format clean
+.PHONY: help setup demo test test-all test-core bench fuzz faults compare-faults lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -78,6 +80,12 @@ bench: $(READY)
 fuzz: $(READY)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python $(INSTALL) -e '.[fuzz]'
 	$(BIN)/python fuzz/run.py --seconds $(SECONDS)
+
+faults: $(READY)
+	$(BIN)/python -m pytest -s -p no:cacheprovider tests/test_dcp_crashes.py tests/test_dcp_integrity.py
+
+compare-faults: $(READY)
+	@$(BIN)/python faults/compare.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

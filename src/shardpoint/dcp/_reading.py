@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
+from shardpoint.dcp._forking import make_ready_for_threads
 from shardpoint.dcp._objects import TorchFactory, object_streams, stored_objects
 from shardpoint.dcp._read_items import Reads, ReadTable
 from shardpoint.dcp._state_targets import StateTargets
@@ -59,6 +60,7 @@ def carry_out(
     Where nobody has changed the plan that a default planner made, and its hooks are its own,
     no item is ever made.
     """
+    make_ready_for_threads()
     items = plan.items
     reads = items.untouched if isinstance(items, ReadTable) else None
     if (

@@ -20,6 +20,7 @@ from shardpoint.dcp._extensions import (
     check_extensions,
 )
 from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
+from shardpoint.dcp._forking import make_ready_for_threads
 from shardpoint.dcp._metadata_view import index_of, metadata_of, stored_index_of
 from shardpoint.dcp._reading import carry_out
 from shardpoint.dcp._write_files import RowWriter
@@ -262,6 +263,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
             f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": rows
             for number, rows in enumerate(buckets)
         }
+        make_ready_for_threads()
         writer = RowWriter(
             self.storage,
             columns,
