@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import shutil
 import signal
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ import torch.distributed as dist
 import shardpoint.dcp as dcp
 from crash_support import (
     LOOKS,
+    NOTHING,
     STATES,
+    Failer,
     Killer,
     Through,
     Trace,
@@ -29,7 +33,7 @@ from crash_support import (
     state_at,
 )
 
-__all__ = ["Outcome", "kill_everywhere", "kill_one_of_two"]
+__all__ = ["RETURNED", "Outcome", "fail_one_of_two", "kill_everywhere", "kill_one_of_two"]
 
 
 @dataclass(frozen=True)
@@ -120,24 +124,15 @@ def _outcome(
 _TWO_RANKS_SKIP = LOOKS | {"close"}
 
 
-def kill_one_of_two(folder: str, victim: int, torn: bool) -> Any:
-    """As `kill_everywhere`, an overwrite by two ranks of which one is killed."""
+def kill_one_of_two(folder: str, victim: int, torn: bool, overwrite: bool) -> Any:
+    """As `kill_everywhere`, a save by two ranks of which one is killed."""
     _leave_group()
     path = Path(folder)
     outcomes = []
     for number in itertools.count():
         place = path / f"{number}"
-        _prepare(place, True, {})
-        store = path / f"{number}.store"
-        children = [
-            _fork(
-                lambda r=rank, s=store, p=place, n=number: _save_as_rank(
-                    p, s, r, Killer(n if r == victim else -1, torn=torn, skip=_TWO_RANKS_SKIP)
-                )
-            )
-            for rank in range(2)
-        ]
-        statuses = [_wait(child) for child in children]
+        killer = Killer(number, torn=torn, skip=_TWO_RANKS_SKIP)
+        statuses = _save_as_two(place, overwrite, victim, killer)
         killed = _was_killed(statuses[victim])
         survivor = os.waitstatus_to_exitcode(statuses[1 - victim])
         assert survivor in (0, _RAISED), survivor
@@ -147,10 +142,52 @@ def kill_one_of_two(folder: str, victim: int, torn: bool) -> Any:
     raise AssertionError("not reached")
 
 
+def fail_one_of_two(folder: str, victim: int, mode: str, overwrite: bool) -> Any:
+    """Run saves by two ranks, of which one fails at one call each.
+
+    Returns
+    -------
+    For each call: both ranks' exit codes, and what was found then, see `state_at`; the last of
+    them is of a save in which nothing failed.
+    """
+    _leave_group()
+    path = Path(folder)
+    found = []
+    for number in itertools.count():
+        place = path / f"{number}"
+        failer = Failer(number, mode, skip=_TWO_RANKS_SKIP)
+        statuses = _save_as_two(place, overwrite, victim, failer)
+        codes = [os.waitstatus_to_exitcode(status) for status in statuses]
+        files = {file.name for file in place.iterdir()} if place.exists() else set()
+        state = state_at(place, STATES)
+        extra = files - (named_files(place) if state != NOTHING else set())
+        found.append((codes, state, tuple(sorted(extra))))
+        shutil.rmtree(place, ignore_errors=True)
+        if codes[victim] == 0:
+            return found
+    raise AssertionError("not reached")
+
+
 _RAISED = 3
+_LEFT = 4
+RETURNED = 5
+"""The exit code of a rank whose save returned although a call failed."""
 
 
-def _save_as_rank(place: Path, store: Path, rank: int, killer: Killer) -> None:
+def _save_as_two(place: Path, overwrite: bool, victim: int, through: Through) -> list[int]:
+    """Save from two forked ranks, one of them through `through`; return how they ended."""
+    _prepare(place, overwrite, {})
+    # Either rank may be the one to make the folder: each is to make the same calls every time.
+    place.mkdir(exist_ok=True)
+    store = place.with_suffix(".store")
+    children = [
+        _fork(lambda r=rank: _save_as_rank(place, store, r, through if r == victim else Trace()))
+        for rank in range(2)
+    ]
+    return [_wait(child) for child in children]
+
+
+def _save_as_rank(place: Path, store: Path, rank: int, through: Through) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -162,12 +199,29 @@ def _save_as_rank(place: Path, store: Path, rank: int, killer: Killer) -> None:
     mine = {"small": state["small"], "objects": state["objects"], "step": state["step"]}
     if rank:
         mine = {"large": state["large"], "half": state["half"], "small": state["small"]}
+    threads = set(threading.enumerate())
+    code = 0
     try:
-        with interposed(killer):
+        with interposed(through):
             dcp.save(mine, checkpoint_id=place)
     except dcp.CheckpointException:
-        os._exit(_RAISED)
-    os._exit(0)  # the group is left as it is: the other rank may be gone
+        code = _RAISED
+    else:
+        if isinstance(through, Failer) and through.failed is not None:
+            code = RETURNED
+    if set(threading.enumerate()) != threads or _has_open(place):
+        code = _LEFT
+    os._exit(code)  # the group is left as it is: the other rank may be gone
+
+
+def _has_open(place: Path) -> bool:
+    """Whether this process has any file of a folder open."""
+    folder = Path("/proc/self/fd")
+    links = []
+    for entry in os.listdir(folder) if folder.is_dir() else []:
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(folder / entry))
+    return any(link.startswith(os.path.realpath(place)) for link in links)
 
 
 def _leave_group() -> None:

@@ -5,12 +5,14 @@ Every test goes over all system calls of a save. Run with ``-s`` to see how many
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+import subprocess
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +21,7 @@ import pytest
 import torch.distributed as dist
 
 import shardpoint.dcp as dcp
-from crash_kills import Outcome, kill_everywhere, kill_one_of_two
+from crash_kills import RETURNED, Outcome, fail_one_of_two, kill_everywhere, kill_one_of_two
 from crash_support import (
     NOTHING,
     STATES,
@@ -90,23 +92,49 @@ def test_a_kill_leaves_the_old_or_the_new_state(
     assert kinds[turn - 1] == "rename"
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["first", "overwrite"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_of_one_of_two_ranks_leaves_the_old_or_the_new_state(
-    pool: RankPool, tmp_path: Path, victim: int
+    pool: RankPool, tmp_path: Path, victim: int, overwrite: bool
 ) -> None:
-    (outcomes,) = pool.run(1, kill_one_of_two, str(tmp_path), victim, True)
+    (outcomes,) = pool.run(1, kill_one_of_two, str(tmp_path), victim, True, overwrite)
     print(f"\nrank {victim} of 2 killed before each of {len(outcomes) - 1} system calls")
     *killed, finished = outcomes
-    assert len(killed) >= 6
+    assert len(killed) >= (6 if overwrite else 4)
     assert all(outcome.raised for outcome in killed)
     assert not finished.raised
     found = [outcome.found for outcome in outcomes]
     turn = found.index("new")
-    assert found == ["old"] * turn + ["new"] * (len(found) - turn)
+    before = "old" if overwrite else NOTHING
+    assert found == [before] * turn + ["new"] * (len(found) - turn)
     # Only the coordinator commits: the other rank's death comes always before that.
     assert turn == len(killed) if victim else turn < len(killed)
     assert [outcome.found_next for outcome in outcomes] == ["next"] * len(outcomes)
     assert [outcome.garbage for outcome in outcomes] == [()] * len(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("victim", "mode", "overwrite"),
+    [(0, "before", True), (1, "before", True), (0, "after", False), (1, "from then on", False)],
+)
+def test_a_failing_call_on_one_of_two_ranks_is_an_error_on_both(
+    pool: RankPool, tmp_path: Path, victim: int, mode: str, overwrite: bool
+) -> None:
+    (found,) = pool.run(1, fail_one_of_two, str(tmp_path), victim, mode, overwrite)
+    *failed, (codes, state, extra) = found
+    print(f"\nrank {victim} of 2 failed {mode} each of {len(failed)} system calls")
+    assert len(failed) >= 4
+    assert (codes, state, extra) == ([0, 0], "new", ())
+    before = "old" if overwrite else NOTHING
+    for number, (codes, state, extra) in enumerate(failed):
+        if codes[victim] == RETURNED:  # only the cleanup did not go through: the next save's turn
+            assert (codes[1 - victim], state) == (0, "new")
+            continue
+        assert codes == [3, 3], f"call {number}: {codes}"
+        assert state in (before, "new")
+        if mode == "before" and state == before:
+            assert extra == (), f"call {number}"
+    assert failed[0][1] == before
 
 
 def _lose_contact(folder: str) -> str:
@@ -256,6 +284,64 @@ def test_a_failing_call_leaves_the_old_or_the_new_state(
         else:
             assert files_of(folder) == clean
     assert set(states) == {"old" if overwrite else NOTHING, "new"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Give what mounts a file system of so many KiB, or makes the mounted one that large."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o"]
+
+    def resize(kibibytes: int) -> Path:
+        again = "remount," if place.is_mount() else ""
+        done = subprocess.run(
+            [*command, f"{again}size={kibibytes}k", "tmpfs", str(place)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    yield resize
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("options", [{}, TWO_FILES], ids=["one-file", "two-files"])
+def test_a_disk_that_is_really_full_keeps_the_old_checkpoint(
+    small_disk: Callable[[int], Path], options: dict[str, Any]
+) -> None:
+    folder = small_disk(64 << 10) / "ckpt"
+    save(folder, STATES["old"], **options)
+    before = files_of(folder)
+    used = sum(-(-len(content) // 4096) * 4 for content in before.values())
+    failed = 0
+    for room in range(4, used + 40, 96):
+        small_disk(used + room)
+        resources = _Resources()
+        raised: dcp.CheckpointException | None = None
+        try:
+            save(folder, STATES["new"], **options)
+        except dcp.CheckpointException as error:
+            raised = error
+        resources.check()
+        if raised is None:
+            break
+        assert isinstance(raised.causes[0], StorageError)
+        assert raised.causes[0].errno == errno.ENOSPC
+        assert files_of(folder) == before
+        failed += 1
+    print(f"\nthe disk was full in {failed} saves")
+    assert failed >= 5
+    small_disk(64 << 10)
+    save(folder, STATES["new"], **options)
+    assert state_at(folder, STATES) == "new"
+    assert set(files_of(folder)) == named_files(folder)
 
 
 @pytest.mark.parametrize("kind", ["write", "read"])
