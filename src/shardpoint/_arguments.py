@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Iterable
 
 from shardpoint.errors import PlanError
 from shardpoint.transforms import Transform
 
-__all__ = ["checked_threads", "checked_transforms", "default_threads"]
-
-_MOST_THREADS = 16  # more readers than this do not make one file system faster
+__all__ = ["checked_threads", "checked_transforms"]
 
 
 def checked_threads(threads: int) -> int:
@@ -32,10 +29,3 @@ def checked_transforms(transforms: object) -> tuple[Transform, ...]:
         if not isinstance(getattr(transform, "name", None), str) or not hasattr(transform, "undo"):
             raise TypeError(f"a transform has a name and a method undo, {transform!r} has not")
     return checked
-
-
-def default_threads() -> int:
-    """Return as many threads as this process may use processors, up to a limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    return min(os.cpu_count() or 1, _MOST_THREADS)

@@ -7,8 +7,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from itertools import islice
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +16,12 @@ from shardpoint import _selection
 from shardpoint._arguments import (
     checked_threads,
     checked_transforms,
-    default_threads,
 )
 from shardpoint._info import ChunkInfo, ObjectInfo, Path, TensorInfo, object_info, tensor_info
 from shardpoint._prefixes import path_below
 from shardpoint._selection import AxisSelection, Selection
 from shardpoint._sinks import NewArraySink
+from shardpoint.engine.executor import default_threads
 from shardpoint.engine.objects import read_objects
 from shardpoint.engine.opening import noticing_replacement, open_index
 from shardpoint.engine.reading import ReadRequest, read_tensors
@@ -30,7 +29,7 @@ from shardpoint.errors import CheckpointKeyError, FormatError, PlanError, Storag
 from shardpoint.formats.allowing import check_allowed
 from shardpoint.formats.object_decoder import NumpyFactory
 from shardpoint.index import CheckpointIndex
-from shardpoint.storage import Storage
+from shardpoint.storage import Closing, Storage
 from shardpoint.transforms import Transform, Transforms
 from shardpoint.tree import unflatten
 from shardpoint.verify import Progress, VerifyReport, file_sizes, verify_index
@@ -121,7 +120,7 @@ def _from_anywhere(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """A checkpoint that is open for reading; made by `open`.
 
     Tensors come as numpy arrays of their own (``ml_dtypes`` for bfloat16 and 8-bit floats;
@@ -353,17 +352,6 @@ class Checkpoint:
             self._threads,
             self._transforms,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._closed:

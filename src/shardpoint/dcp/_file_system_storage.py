@@ -11,12 +11,11 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from shardpoint.errors import CorruptionError, ShardpointError, StorageError
 from shardpoint.formats.dcp_metadata import read_metadata
-from shardpoint.storage.base import Buffer, ReadableFile, Storage, WritableFile
+from shardpoint.storage.base import Buffer, Closing, ReadableFile, Storage, WritableFile
 from shardpoint.storage.names import check_name
 from shardpoint.storage.spooling import SpooledFile
 
@@ -194,7 +193,7 @@ def _refused(action: str, path: str, cause: Exception) -> StorageError:
     return StorageError(number, message) if isinstance(number, int) else StorageError(message)
 
 
-class _StreamFile:
+class _StreamFile(Closing):
     """A stream to read from; implements `shardpoint.storage.base.ReadableFile`."""
 
     def __init__(
@@ -236,14 +235,3 @@ class _StreamFile:
         """Close the stream; closing again does nothing."""
         with self._lock:
             self._call("close", self._name, self._open.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

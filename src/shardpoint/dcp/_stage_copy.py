@@ -8,7 +8,6 @@ matrix) is copied element by element instead, into memory without holes.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from shardpoint.dcp._slabs import Lease
-from shardpoint.engine.executor import run_tasks
+from shardpoint.engine.executor import default_threads, run_tasks
 
 __all__ = ["Layout", "copy_tensors", "lay_out"]
 
@@ -217,7 +216,7 @@ def _copy_on_host(spans: _Spans, base: int) -> None:
         _memmove_held(to, begin, length)
     run_tasks(
         _pieces(table[~small].tolist()),
-        threads=min(4, os.cpu_count() or 1),
+        threads=default_threads(),
         name="shardpoint-stage",
     )
 

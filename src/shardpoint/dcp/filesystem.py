@@ -386,7 +386,7 @@ class FileSystemReader(StoragePlace, StorageReader):
         self.finder = RegistryFinder(_extension_registry)
         self.verify = verify
         self.allowed = allowed
-        self.thread_count = thread_count or min(4, os.cpu_count() or 1)
+        self.thread_count = thread_count or default_threads()
         self.fs: FileSystemBase = FileSystem()
         self.path = self.fs.init_path(path)
         self._begin()

@@ -6,13 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from shardpoint.storage import Buffer, ReadableFile, SpanReadable, Storage
+from shardpoint.storage import Buffer, Closing, ReadableFile, SpanReadable, Storage
 
 __all__ = ["BufferPool", "CountedFile", "OpenFiles"]
 
@@ -27,7 +25,7 @@ class _Entry:
         self.users = 0
 
 
-class OpenFiles:
+class OpenFiles(Closing):
     """Opens files of a storage when they are used, and keeps the last ones open.
 
     Attributes
@@ -74,17 +72,6 @@ class OpenFiles:
             self._entries.clear()
         for entry in entries:
             entry.file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _take_surplus(self) -> list[ReadableFile]:
         count = len(self._entries) - _MOST_IDLE

@@ -3,6 +3,7 @@
 from shardpoint.storage.base import (
     Buffer,
     Claim,
+    Closing,
     MappableFile,
     ReadableFile,
     SharedStorage,
@@ -16,6 +17,7 @@ from shardpoint.storage.places import storage_at
 __all__ = [
     "Buffer",
     "Claim",
+    "Closing",
     "LocalStorage",
     "MappableFile",
     "ReadableFile",

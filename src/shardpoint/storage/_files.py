@@ -8,15 +8,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from shardpoint.errors import CorruptionError, StorageError
 from shardpoint.storage._gathering import gather
-from shardpoint.storage.base import Buffer
+from shardpoint.storage.base import Buffer, Closing
 
 __all__ = ["LocalReadableFile", "LocalWritableFile", "refused"]
 
@@ -47,7 +45,7 @@ def refused(action: str, path: str, cause: OSError) -> StorageError:
     return StorageError(cause.errno, f"cannot {action} {path!r}: {reason}")
 
 
-class _LocalFile:
+class _LocalFile(Closing):
     """A descriptor that is closed once, also when several threads close it."""
 
     def __init__(self, descriptor: int, path: str) -> None:
@@ -70,17 +68,6 @@ class _LocalFile:
                 os.close(descriptor)
             except OSError as error:
                 raise refused("close", self._path, error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class LocalReadableFile(_LocalFile):

@@ -21,6 +21,7 @@ from shardpoint.errors import NotSupportedError
 __all__ = [
     "Buffer",
     "Claim",
+    "Closing",
     "MappableFile",
     "NoClaim",
     "ReadableFile",
@@ -140,6 +141,27 @@ class WritableFile(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+class Closing(ABC):
+    """What is closed at the end of a ``with`` block."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is held; more calls do nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class Claim(Protocol):

@@ -11,14 +11,13 @@ import builtins
 import errno
 import secrets
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from shardpoint.errors import CorruptionError, NotSupportedError, ShardpointError, StorageError
-from shardpoint.storage.base import Buffer, ReadableFile, Storage, WritableFile
+from shardpoint.storage.base import Buffer, Closing, ReadableFile, Storage, WritableFile
 from shardpoint.storage.names import check_name
 from shardpoint.storage.spooling import SpooledFile
 
@@ -297,7 +296,7 @@ def _refused(action: str, path: str, cause: Exception) -> StorageError:
     return StorageError(number, message) if isinstance(number, int) else StorageError(message)
 
 
-class _RangedFile:
+class _RangedFile(Closing):
     """A file of a store; implements `shardpoint.storage.base.ReadableFile`.
 
     Nothing is open between the calls. A small file's content is at hand as it was when the
@@ -339,14 +338,3 @@ class _RangedFile:
 
     def close(self) -> None:
         """Do nothing: there is nothing open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

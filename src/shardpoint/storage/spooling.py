@@ -7,12 +7,11 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 from shardpoint.errors import StorageError
 from shardpoint.storage._files import LocalWritableFile, refused
-from shardpoint.storage.base import Buffer
+from shardpoint.storage.base import Buffer, Closing
 
 __all__ = ["MOST_IN_MEMORY", "SpooledFile"]
 
@@ -24,7 +23,7 @@ MOST_IN_MEMORY = 8 << 20
 them may be open at once, and what they take comes on top of the state that is saved."""
 
 
-class SpooledFile:
+class SpooledFile(Closing):
     """A `shardpoint.storage.base.WritableFile` that reaches the store when it is closed.
 
     Object stores, and file systems that only append, cannot be written at offsets by several
@@ -112,14 +111,3 @@ class SpooledFile:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

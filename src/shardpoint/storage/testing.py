@@ -7,11 +7,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from shardpoint.errors import StorageError
-from shardpoint.storage.base import Buffer, Claim, ReadableFile, Storage, WritableFile
+from shardpoint.storage.base import Buffer, Claim, Closing, ReadableFile, Storage, WritableFile
 
 __all__ = ["CountingStorage", "Operation"]
 
@@ -195,7 +193,7 @@ class CountingStorage(Storage):
             return sum(o.nbytes for o in self.operations if o.kind == kind)
 
 
-class _CountedFile:
+class _CountedFile(Closing):
     """What both kinds of file have in common: closing, counted once."""
 
     def __init__(
@@ -211,17 +209,6 @@ class _CountedFile:
             self._closed = True
             self._storage._change_open(-1)
         self._closing.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _CountedReadableFile(_CountedFile):
