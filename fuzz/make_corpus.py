@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from targets import CORPUS, KEY
+from targets import CORPUS, KEY, STAMP
 
 import shardpoint
+from shardpoint.formats.native_index import write_index
 from shardpoint.formats.torch_record import read_object_pickle
 from shardpoint.transforms import AesGcm, ShuffleZstd
 
@@ -25,6 +26,7 @@ _MOST_BYTES = 8 << 10
 def main() -> int:
     for target, seeds in {
         "metadata": _metadata(),
+        "native_index": _indexes(),
         "tensor_record": _records(objects=False),
         "object_record": _records(objects=True),
         "object_pickle": _pickles(),
@@ -47,6 +49,13 @@ def _metadata() -> Iterator[bytes]:
     for path in sorted((FIXTURES / "hostile").glob("meta_*/ckpt/.metadata")):
         if path.stat().st_size <= _MOST_BYTES:
             yield path.read_bytes()
+
+
+def _indexes() -> Iterator[bytes]:
+    """What a save would write of the fixtures' metadata."""
+    for case in ("plain_w1", "optim_w1", "dtensor_2d_w4", "fsdp2_w2", "zstd_w2"):
+        index = shardpoint.open(FIXTURES / "public" / "2.13.0" / case / "ckpt").index
+        yield write_index(index, STAMP)
 
 
 def _files(pattern: str) -> Iterator[bytes]:

@@ -11,18 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardpoint.engine.opening import open_index
+from shardpoint.formats.checksum import crc32
 from shardpoint.formats.dcp_metadata import read_metadata
+from shardpoint.formats.native_index import read_index, stamp_of
 from shardpoint.formats.object_decoder import NumpyFactory, decode_object
 from shardpoint.formats.safetensors import read_header
 from shardpoint.formats.torch_record import read_object_pickle, tensor_payload_from_bytes
 from shardpoint.transforms import AesGcm, ShuffleZstd, Transforms, decode
 
-__all__ = ["CORPUS", "KEY", "MOST", "TARGETS", "descriptors_of"]
+__all__ = ["CORPUS", "KEY", "MOST", "STAMP", "TARGETS", "descriptors_of"]
 
 CORPUS = Path(__file__).parent / "corpus"
 
 KEY = bytes(range(32))
 """With which the encrypted seeds were made."""
+
+STAMP = stamp_of(b"what .metadata holds")
+"""Of the metadata file that the seeds of `native_index` belong to."""
 
 MOST = 1 << 20
 """The largest record that the frames may decode to."""
@@ -38,6 +43,13 @@ def metadata(data: bytes) -> None:
 def tensor_record(data: bytes) -> None:
     """The ``torch.save`` record of a tensor."""
     tensor_payload_from_bytes(data, file="f", key="k")
+
+
+def native_index(data: bytes) -> None:
+    """The native index, its checksum put right first: nothing else would get past it."""
+    content = data[:-4]
+    sealed = content + crc32(content).to_bytes(4, "little")
+    read_index(memoryview(sealed), STAMP, file="f", metadata_file=".metadata")
 
 
 def object_record(data: bytes) -> None:
@@ -93,6 +105,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         metadata,
+        native_index,
         tensor_record,
         object_record,
         object_pickle,
