@@ -186,3 +186,30 @@ def _local_metadata() -> list[Any]:
 def test_metadata_of_this_rank_alone_are_those_of_torch(pool: RankPool) -> None:
     for ours, theirs in pool.run(2, _local_metadata):
         assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("package", [dcp, torch_dcp], ids=["shardpoint", "torch"])
+def test_a_planner_may_fill_two_keys_from_what_is_stored_once(tmp_path: Path, package: Any) -> None:
+    class Copying(package.DefaultLoadPlanner):  # type: ignore[misc]
+        def create_local_plan(self) -> Any:
+            wanted = dict(self.state_dict)
+            self.state_dict = {k: v for k, v in wanted.items() if not k.startswith("teacher.")}
+            plan = super().create_local_plan()
+            self.state_dict = wanted
+            items = [
+                dataclasses.replace(
+                    item,
+                    dest_index=dataclasses.replace(
+                        item.dest_index, fqn=item.dest_index.fqn.replace("model.", "teacher.")
+                    ),
+                )
+                for item in plan.items
+                if item.dest_index.fqn.startswith("model.")
+            ]
+            return dataclasses.replace(plan, items=[*plan.items, *items])
+
+    package.save(state(3.0), checkpoint_id=tmp_path)
+    target = {**state(0.0), "teacher": state(0.0)["model"]}
+    package.load(target, checkpoint_id=tmp_path, planner=Copying())
+    assert differences(target, {**state(3.0), "teacher": state(3.0)["model"]}) == []

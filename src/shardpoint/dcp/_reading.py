@@ -139,9 +139,13 @@ def _by_items(
         is_object = item.type.name == LoadItemType.BYTE_IO.name
         (objects if is_object else tensors).append(item)
     rows = _object_rows(index, [item.storage_index.fqn for item in objects])
-    of_row = dict(zip(rows, objects, strict=True))
-    for row, stream in object_streams(index, storage, rows, verify=verify, finder=finder):
-        planner.load_bytes(of_row[row], stream)
+    wanting: dict[int, list[ReadItem]] = {}
+    for row, item in zip(rows, objects, strict=True):
+        wanting.setdefault(row, []).append(item)
+    for row, stream in object_streams(index, storage, list(wanting), verify=verify, finder=finder):
+        for item in wanting[row]:
+            stream.seek(0)
+            planner.load_bytes(item, stream)
     statistics = read_tensors(
         index,
         storage,
@@ -150,7 +154,7 @@ def _by_items(
         verify=verify,
         finder=finder,
     )
-    return _with_objects(statistics, index, rows)
+    return _with_objects(statistics, index, list(wanting))
 
 
 def _object_rows(index: CheckpointIndex, keys: Sequence[str]) -> list[int]:
