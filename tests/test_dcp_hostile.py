@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import resource
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ import shardpoint
 import shardpoint.dcp as dcp
 from dcp_states import differences
 from fixture_support import HostileFixture, hostile_fixtures
+from shardpoint.dcp._objects import read_object
 from shardpoint.dcp.api import CheckpointException
+from shardpoint.errors import FormatError
 from test_dcp_fixtures import blanked, wanted
 
 TAMPERED = hostile_fixtures()
@@ -73,6 +77,33 @@ def test_a_load_gives_what_was_saved_or_is_refused(fixture: HostileFixture) -> N
     assert not Path("PWNED").exists()
     assert not (fixture.checkpoint / "PWNED").exists()
     assert not {"acme", "myproject", "hubconf"} & set(sys.modules)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (torch.device, ("evil",)),
+        (torch.device, ("cuda", -1)),
+        (torch._utils._rebuild_parameter, (torch.arange(3), True, OrderedDict())),
+    ],
+    ids=["device", "index", "parameter"],
+)
+def test_what_torch_cannot_make_is_an_error_of_the_checkpoint(call: Any, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save(Reduced(*call), stream)
+    record = io.BytesIO(stream.getvalue())
+    with pytest.raises(FormatError, match=r"key 'odd'.*RuntimeError"):
+        read_object(record, key="odd", allowed={})
+
+
+class Reduced:
+    """Pickles as a call that nothing real is saved as."""
+
+    def __init__(self, *call: Any) -> None:
+        self._call = call
+
+    def __reduce__(self) -> Any:
+        return self._call
 
 
 def _load_all(sender: Any) -> None:

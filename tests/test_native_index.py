@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -244,6 +245,13 @@ def _told_apart(value: Any) -> Any:
 def test_other_json_is_no_plain_value(value: Any) -> None:
     with pytest.raises(FormatError):
         from_json(value)
+
+
+@pytest.mark.parametrize("kind", ["set", "frozenset", "dict"])
+def test_keys_of_one_hash_are_bounded(kind: str) -> None:
+    numbers = [number * sys.hash_info.modulus for number in range(30_000)]
+    with pytest.raises(LimitExceededError, match="same hash"):
+        from_json([kind, *numbers])
 
 
 def test_every_flipped_byte_is_noticed() -> None:

@@ -594,3 +594,114 @@ def test_damaged_pickles_give_a_value_or_our_own_error(data: bytes) -> None:
 def test_module_never_imports_torch() -> None:
     code = "import sys, shardpoint.formats.object_decoder; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Pieces:
+    """Opcodes of protocol 2 and before, to be joined to what nobody would save."""
+
+    @staticmethod
+    def call(name: str, *arguments: bytes) -> bytes:
+        module, _, attribute = name.rpartition(".")
+        return f"c{module}\n{attribute}\n(".encode() + b"".join(arguments) + b"tR"
+
+    @staticmethod
+    def value(value: Any) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]
+
+    @classmethod
+    def dtype(cls, name: str) -> bytes:
+        made = cls.call("numpy.dtype", cls.value(name), b"\x89", b"\x88")
+        return made + cls.value((3, "<", None, None, None, -1, -1, 0)) + b"b"
+
+
+def whole(opcodes: bytes) -> bytes:
+    return b"\x80\x02" + opcodes + b"."
+
+
+_CALL, _VALUE = Pieces.call, Pieces.value
+_MODULUS = sys.hash_info.modulus
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [_VALUE(number * _MODULUS) for number in range(20_000)],
+        [_VALUE(tuple(-1 - (n >> bit & 1) for bit in range(13))) for n in range(1 << 13)],
+        [_CALL("builtins.complex", _VALUE(-1000003 * n), _VALUE(n)) for n in range(10_000)],
+    ],
+    ids=["ints", "tuples", "complex"],
+)
+@pytest.mark.parametrize("kind", ["dict", "items", "set", "frozenset", "call"])
+def test_keys_of_one_hash_are_bounded(keys: list[bytes], kind: str) -> None:
+    # Each is compared with all before it: a megabyte of them would take minutes.
+    members = b"".join(keys)
+    content = {
+        "dict": b"}(" + b"".join(key + b"N" for key in keys) + b"u",
+        "items": b"}" + b"".join(key + b"Ns" for key in keys),
+        "set": b"\x8f(" + members + b"\x90",
+        "frozenset": b"(" + members + b"\x91",
+        "call": _CALL("builtins.set", b"](" + members + b"e"),
+    }[kind]
+    with pytest.raises(LimitExceededError, match="more than its size can explain"):
+        decode(whole(content))
+
+
+def test_many_dicts_with_the_same_unusual_keys_are_no_attack() -> None:
+    value = [{(n, -1): n, (n, -2): n, _MODULUS * n: n, 1j * n: 0} for n in range(5)] * 400
+    value = [dict(one) for one in value]
+    assert decode(pickle.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        _CALL("torch.device", _VALUE("cuda:99999")),  # torch would make -97 of it
+        _CALL("torch.device", _VALUE("cuda"), _VALUE(200)),
+        _CALL("torch.device", _VALUE("cuda:1"), _VALUE(2)),
+        _CALL("torch.Size", _VALUE((2**70,))),
+        _CALL(
+            "numpy._core.numeric._frombuffer",
+            _CALL("builtins.bytes"),
+            Pieces.dtype("S0"),
+            _VALUE((10**9,)),
+            _VALUE("C"),
+        ),
+        _CALL("numpy._core.multiarray.scalar", Pieces.dtype("U1"), b"C\x04\xff\xff\xff\xff"),
+        b"S'\\d'\n",  # Python would warn
+    ],
+)
+def test_values_that_numpy_or_torch_would_choke_on_are_refused(opcodes: bytes) -> None:
+    with pytest.raises(FormatError):
+        decode(whole(opcodes))
+
+
+class Touchy(dict[Any, Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise OSError(key)
+
+
+class Rude(list[Any]):
+    def extend(self, items: Any) -> None:
+        raise OSError(items)
+
+
+class Unhashable:
+    def __hash__(self) -> int:
+        raise OSError
+
+    def __len__(self) -> int:
+        return 1 << 60
+
+
+@pytest.mark.parametrize("name", ["Touchy", "Rude", "Unhashable"])
+def test_whatever_an_allowed_class_raises_is_an_error_of_the_checkpoint(name: str) -> None:
+    made = f"cx\n{name}\n)\x81".encode("latin-1")
+    filled = {"Touchy": made + b"NNs", "Rude": made + b"Na", "Unhashable": b"}" + made + b"Ns"}
+    with pytest.raises(FormatError, match="OSError"):
+        decode(whole(filled[name]), allowed={f"x.{name}": globals()[name]})
+
+
+def test_what_an_allowed_class_calls_its_length_does_not_count() -> None:
+    made = b"cx\nUnhashable\n)\x81"
+    held = whole(made + b"}" + Pieces.value("part") + made + b"sb")
+    assert type(vars(decode(held, allowed={"x.Unhashable": Unhashable}))["part"]) is Unhashable

@@ -7,6 +7,7 @@ numpy 1.26 and 2 give. Only plain numbers, bools and fixed-width text; no object
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,10 +69,14 @@ def _array(
         type(size) is int and size >= 0 for size in shape
     ):
         raise FormatError("a numpy array whose shape is no short tuple of counts")
-    if math.prod(shape) * dtype.itemsize != len(data):
+    if math.prod(shape) * dtype.itemsize != len(data) or (
+        dtype.itemsize == 0 and math.prod(shape) > 1  # numpy makes room for a character each
+    ):
         raise FormatError(f"a numpy array of shape {shape} and type {dtype} with {len(data)} bytes")
     budget.spend(len(data))
     flat = np.frombuffer(bytearray(data), dtype) if data else np.zeros(math.prod(shape), dtype)
+    if dtype.kind == "U" and (flat.view(dtype.str[0] + "u4") > sys.maxunicode).any():
+        raise FormatError("a numpy array of text with characters that there are not")
     return flat.reshape(shape, order="F" if order == "F" else "C")
 
 

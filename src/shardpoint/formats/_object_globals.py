@@ -100,7 +100,7 @@ def _members(name: str, arguments: tuple[Any, ...], budget: WorkBudget) -> list[
         case (list() | tuple() | set() | frozenset() as items,):
             budget.spend(len(items))
             for item in items:
-                budget.check_key(item)
+                budget.check_key(item, items)
             return list(items)
     raise _refuse(name, arguments)
 
@@ -158,7 +158,7 @@ def _ordered_dict(arguments: tuple[Any, ...], budget: WorkBudget) -> OrderedDict
             for pair in pairs:
                 if type(pair) not in (list, tuple) or len(pair) != 2:
                     raise _refuse("collections.OrderedDict", arguments)
-                budget.check_key(pair[0])
+                budget.check_key(pair[0], result)
                 result[pair[0]] = pair[1]
             return result
     raise _refuse("collections.OrderedDict", arguments)
@@ -171,7 +171,7 @@ def _counter(arguments: tuple[Any, ...], budget: WorkBudget) -> Counter[Any]:
         case (dict() as counts,):
             budget.spend(len(counts))
             for key, count in counts.items():
-                budget.check_key(key)
+                budget.check_key(key, arguments)
                 if not isinstance(count, (int, float)):
                     raise _refuse("collections.Counter", (count,))
             return Counter(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -92,6 +93,7 @@ _DTYPE_NAMES = frozenset(
 _MEMORY_FORMATS = frozenset(
     {"contiguous_format", "channels_last", "channels_last_3d", "preserve_format"}
 )
+_DEVICE = re.compile("[A-Za-z0-9_]+(?::[0-9]{1,3})?")
 # Known functions of torch's list that make kinds of tensors which are not decoded.
 _KNOWN_PREFIX = "torch._utils._rebuild_"
 _TOKENS = (Call, _TorchCall, _Allowed, StorageType, StorageReference, TensorClass, type(NDARRAY))
@@ -175,7 +177,7 @@ class ObjectResolver:
             case "torch.Size", ():
                 return self.factory.size(())
             case "torch.Size", (tuple() as sizes,) if len(sizes) <= DEFAULT_LIMITS.max_axes and all(
-                type(n) is int for n in sizes
+                type(n) is int and n.bit_length() < 64 for n in sizes
             ):
                 return self.factory.size(sizes)
             case "torch.device", (str(kind),):
@@ -201,11 +203,12 @@ class ObjectResolver:
         raise FormatError(f"{name} is called with {shown}")
 
     def _device(self, kind: str, index: Any) -> Any:
-        letters = kind.replace(":", "", 1).replace("_", "")
-        if not (letters.isascii() and letters.isalnum() and len(kind) <= 40):
+        if len(kind) > 40 or _DEVICE.fullmatch(kind) is None or (":" in kind and index is not None):
             raise FormatError(f"a device is named {describe(kind)}")
-        if index is not None and (type(index) is not int or not -1 <= index < 1 << 15):
-            raise FormatError(f"a device has the index {describe(index)}")
+        number = index if index is not None or ":" not in kind else int(kind.partition(":")[2])
+        # torch keeps it in one byte, and takes what does not fit for another.
+        if number is not None and (type(number) is not int or not -1 <= number < 128):
+            raise FormatError(f"a device has the index {describe(number)}")
         return self.factory.device(kind, index)
 
     def _tensor(self, description: TensorDescription) -> Any:

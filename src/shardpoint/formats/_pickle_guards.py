@@ -8,8 +8,9 @@ measured once, each shared part one time, before anybody else walks it.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -44,6 +45,12 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
+# Keys whose hashes nobody can make equal: Python draws a seed for text and bytes, and of other
+# numbers only few have the same (that of an int is its rest by this prime).
+_UNLIKE_KEYS = frozenset({str, bytes, bool, float, type(None)})
+_BY_IDENTITY: object = object.__hash__
+_PRIME = sys.hash_info.modulus
+
 _LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, range})
 
 
@@ -66,10 +73,11 @@ class WorkBudget:
     A call in a pickle takes a few bytes and may copy or hash a large value made once.
     """
 
-    __slots__ = ("_left", "_limits", "_source")
+    __slots__ = ("_alike", "_left", "_limits", "_source")
 
     def __init__(self, input_size: int, *, source: str, limits: Limits) -> None:
         self._left = 100_000 + 32 * input_size
+        self._alike: dict[tuple[int, int], int] = {}  # container and hash -> keys
         self._source = source
         self._limits = limits
 
@@ -87,16 +95,33 @@ class WorkBudget:
                 f"{self._source}: the pickle makes or copies far more than its size can explain"
             )
 
-    def check_key(self, key: Any) -> None:
-        """Check that hashing and comparing `key` is cheap; to be called before either.
+    def check_key(self, key: Any, into: object) -> None:
+        """Check that putting `key` into a container is cheap; to be called before.
+
+        A key is compared with all those of the same hash that are there already, so that each
+        of them is paid for.
 
         Raises
         ------
         LimitExceededError
-            If it has more parts than a key ever has.
+            If it has more parts than a key ever has, or too many keys have the same hash.
+        TypeError
+            If it cannot be a key.
         """
-        if type(key) not in (tuple, frozenset):
+        kind = type(key)
+        if kind in _UNLIKE_KEYS or kind.__hash__ is _BY_IDENTITY:
             return
+        if kind is int and -_PRIME < key < _PRIME:
+            return
+        if kind in (tuple, frozenset):
+            self._check_parts(key)
+        place = id(into), hash(key)
+        alike = self._alike.get(place, 0) + 1
+        self._alike[place] = alike
+        if alike > 1:
+            self.spend(alike * 16)
+
+    def _check_parts(self, key: Any) -> None:
         limit = self._limits.max_key_values
         count = 0
         pending: list[Any] = [key]
@@ -150,15 +175,17 @@ def measure(
     """
     max_depth = limits.max_depth if limits.max_depth is not None else 1 << 60
     sizes: dict[int, tuple[int, int]] = {}  # id -> (values, levels); 0 values: unfinished
-    # One entry a container that is being walked: itself, its parts, values so far, depth so far.
+    # One entry a container that is being walked: itself, its parts, values so far, depth so far,
+    # parts so far (what a class of the caller's calls its length may be anything).
     walk: list[list[Any]] = []
     root = [value]
-    current: list[Any] = [root, iter(root), 0, 0]
+    current: list[Any] = [root, iter(root), 0, 0, 0]
     while True:
-        node, parts, count, depth = current
+        node, parts, count, depth, seen = current
         entered = False
         for part in parts:
             count += 1
+            seen += 1
             if type(part) in _LEAVES:
                 continue
             known = sizes.get(id(part))
@@ -171,9 +198,9 @@ def measure(
                 if len(walk) >= max_depth:
                     raise LimitExceededError(f"{source}: nested deeper than {max_depth} levels")
                 sizes[id(part)] = (0, 0)
-                current[2], current[3] = count, depth
+                current[2:] = count, depth, seen
                 walk.append(current)
-                current = [part, inner, 0, 0]
+                current = [part, inner, 0, 0, 0]
                 entered = True
                 break
             if known[0] == 0:
@@ -183,7 +210,7 @@ def measure(
         if entered:
             continue
         if budget is not None:
-            budget.spend(1 + (len(node) if isinstance(node, Sized) else 0))
+            budget.spend(1 + seen)
         if count > limits.max_values:
             raise LimitExceededError(
                 f"{source}: has more than {limits.max_values} values when written out"

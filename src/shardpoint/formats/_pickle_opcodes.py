@@ -7,12 +7,13 @@ where a fixed size is read: the next opcode is then looked for past the end, and
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardpoint.errors import FormatError, LimitExceededError
+from shardpoint.errors import FormatError, LimitExceededError, ShardpointError
 from shardpoint.formats._pickle_guards import WorkBudget, describe
 
 if TYPE_CHECKING:
@@ -128,22 +129,30 @@ def set_items(target: Any, items: list[Any], budget: WorkBudget) -> None:
     if len(items) % 2:
         raise ValueError("a key without a value")
     pairs = iter(items)
-    for key, value in zip(pairs, pairs, strict=True):
-        if type(key) is not str:
-            budget.check_key(key)
-        target[key] = value
+    try:
+        for key, value in zip(pairs, pairs, strict=True):
+            if type(key) is not str:
+                budget.check_key(key, target)
+            target[key] = value
+    except ShardpointError:
+        raise
+    except Exception as error:  # methods of classes that were allowed: they may raise anything
+        raise ValueError(f"an item cannot be set: {type(error).__name__}: {error}") from error
 
 
 def _extend(machine: Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
     if not isinstance(target, (list, deque)):
         raise TypeError(f"items are appended to {describe(target)}, which is no list")
-    target.extend(items)
+    try:
+        target.extend(items)
+    except Exception as error:  # a list of a class that was allowed: it may raise anything
+        raise ValueError(f"items cannot be appended: {type(error).__name__}: {error}") from error
 
 
-def _check_members(machine: Machine, items: list[Any]) -> list[Any]:
+def _check_members(machine: Machine, items: list[Any], into: object) -> list[Any]:
     for item in items:
-        machine.budget.check_key(item)
+        machine.budget.check_key(item, into)
     return items
 
 
@@ -229,9 +238,14 @@ def _long_line(text: bytes) -> int:
     return int(text.removesuffix(b"L"))
 
 
+_ESCAPED = re.compile(rb"(?:[^\\]|\\(?:[\\'\"abfnrtv]|x[0-9a-fA-F]{2}|[0-3][0-7]{2}))*", re.DOTALL)
+
+
 def _string_line(text: bytes) -> str:
     if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
         raise ValueError("a string without quotes")
+    if _ESCAPED.fullmatch(text) is None:  # Python would warn of it
+        raise ValueError("a string with an escape that is none")
     # Latin-1 keeps bytes and characters one to one; the escapes are those of Python 2.
     return text[1:-1].decode("unicode_escape").encode("latin-1").decode("utf-8")
 
@@ -269,7 +283,8 @@ def _dict(machine: Machine, position: int) -> int:
 
 
 def _frozenset(machine: Machine, position: int) -> int:
-    machine.stack.append(frozenset(_check_members(machine, machine.pop_mark())))
+    items = machine.pop_mark()
+    machine.stack.append(frozenset(_check_members(machine, items, items)))
     return position
 
 
@@ -293,11 +308,11 @@ def _set_item(machine: Machine, position: int) -> int:
 
 
 def _add_items(machine: Machine, position: int) -> int:
-    items = _check_members(machine, machine.pop_mark())
+    items = machine.pop_mark()
     target = machine.stack[-1]
     if not isinstance(target, set):
         raise TypeError(f"members are added to {describe(target)}, which is no set")
-    target.update(items)
+    target.update(_check_members(machine, items, target))
     return position
 
 

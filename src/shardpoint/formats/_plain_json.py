@@ -7,18 +7,20 @@ for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from pathlib import PurePath, PurePosixPath
 from typing import Any, TypeAlias
 
-from shardpoint.errors import FormatError
+from shardpoint.errors import FormatError, LimitExceededError
 
 __all__ = ["Json", "from_json", "to_json"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """What the module `json` reads and writes."""
 
+_MOST_ALIKE = 1000
 _THEMSELVES = frozenset({type(None), bool, int, str})
 _KINDS: Mapping[type, str] = {
     list: "list",
@@ -55,17 +57,24 @@ def to_json(value: Any) -> Json:
     raise FormatError(f"a {kind.__name__} is no plain value")
 
 
+def _unlike(keys: Collection[Any]) -> Collection[Any]:
+    """Return keys or members of which not too many have one hash: each is compared with those."""
+    if len(keys) > _MOST_ALIKE and max(Counter(map(hash, keys)).values()) > _MOST_ALIKE:
+        raise LimitExceededError(f"more than {_MOST_ALIKE} keys have the same hash")
+    return keys
+
+
 def _pairs(parts: list[Any]) -> dict[Any, Any]:
     if len(parts) % 2:
         raise FormatError("a dict has a key without a value")
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    return dict(zip(_unlike(parts[::2]), parts[1::2], strict=True))
 
 
 _MAKERS: Mapping[str, Callable[[list[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
+    "set": lambda parts: set(_unlike(parts)),
+    "frozenset": lambda parts: frozenset(_unlike(parts)),
     "dict": _pairs,
 }
 _TEXTS: Mapping[str, Callable[[str], Any]] = {
@@ -93,6 +102,8 @@ def from_json(value: Json) -> Any:
             return _TEXTS[kind](parts[0])
         if kind in _MAKERS:
             return _MAKERS[kind]([from_json(part) for part in parts])
+    except FormatError:
+        raise
     except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"a {kind} has parts that it cannot have: {error}") from error
     raise FormatError(f"{kind[:40]!r} is no kind of value")

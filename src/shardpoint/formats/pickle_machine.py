@@ -25,11 +25,12 @@ _DAMAGE = (
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    RuntimeError,
     TypeError,
     ValueError,
 )
-"""What a damaged pickle makes the plain operations below raise."""
+"""What a damaged pickle makes the plain operations below raise, and torch, which is asked for
+values that the pickle describes, with its RuntimeError among them."""
 
 
 class Resolver(Protocol):
