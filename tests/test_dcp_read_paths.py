@@ -75,7 +75,7 @@ def test_columns_and_items_give_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     by_item, by_column = _targets(), _targets()
     item_report = dcp.load(by_item, checkpoint_id=tmp_path, planner=_ItemByItem())
 
-    def no_item(self: ReadTable, row: int) -> Any:
+    def no_item(self: ReadTable, columns: Any, row: int) -> Any:
         raise RuntimeError("an item was made")
 
     monkeypatch.setattr(ReadTable, "_make", no_item)

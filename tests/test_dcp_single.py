@@ -510,14 +510,6 @@ def test_looking_at_the_metadata_changes_nothing(fixture: str) -> None:
     assert differences(state, _load_state_dict_from_keys(checkpoint_id=folder)) == []
 
 
-def test_torchs_own_parts_are_refused_by_name(tmp_path: Path) -> None:
-    dcp.save(small(), checkpoint_id=tmp_path)
-    with pytest.raises(dcp.CheckpointException, match=r"shardpoint\.dcp"):
-        dcp.load(small(), checkpoint_id=tmp_path, planner=torch_dcp.DefaultLoadPlanner())
-    with pytest.raises(dcp.CheckpointException, match=r"shardpoint\.dcp"):
-        dcp.save(small(), storage_writer=torch_dcp.FileSystemWriter(tmp_path))
-
-
 def test_a_wrong_option_is_an_error() -> None:
     with pytest.raises(PlanError, match="on_narrowing"):
         dcp.DefaultLoadPlanner(on_narrowing="rais")  # type: ignore[arg-type]

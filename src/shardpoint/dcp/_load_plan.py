@@ -70,7 +70,7 @@ def plan_load(
     unexpected = tuple(key for key in index.key_order if key not in state_dict)
     if problems:
         raise PlanError("the checkpoint does not fit the state dict", problems)
-    plan = LoadPlan(ReadTable(Reads(index, fit.regions(), objects)))
+    plan = LoadPlan(ReadTable.from_columns(Reads(index, fit.regions(), objects)))
     return plan, tuple(missing), unexpected
 
 

@@ -264,7 +264,8 @@ def _columns(metadata: Any) -> CheckpointIndex:
 
 
 def _place(info: Any) -> tuple[str | None, int, int, tuple[str, ...]]:
-    if not hasattr(info, "relative_path"):  # a user's own storage: its reader knows the way
+    if not all(hasattr(info, name) for name in ("relative_path", "offset", "length")):
+        # A user's own storage: its reader knows the way.
         return None, 0, 0, ()
     transforms = tuple(getattr(info, "transform_descriptors", None) or ())
     return str(info.relative_path), info.offset, info.length, transforms

@@ -133,20 +133,20 @@ class ReadTable(LazyList[ReadItem, Reads]):
     @property
     def untouched(self) -> Reads | None:
         """What the list is made from, if nobody has looked at (and so perhaps changed) it."""
-        return self._columns if self._items is None and not self._kept else None
+        return None if self._kept else self._columns
 
-    def _count(self) -> int:
-        return len(self._columns.columns.keys)
+    def _count(self, columns: Reads) -> int:
+        return len(columns.columns.keys)
 
     def _columns_from(self, items: Iterable[ReadItem]) -> Reads:
         raise TypeError("read items are never turned back into columns")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> Any:
         # only plans that planners look at are sent to other ranks
         return list, (list(self),)
 
-    def _make(self, row: int) -> ReadItem:
-        columns = self._columns.columns
+    def _make(self, reads: Reads, row: int) -> ReadItem:
+        columns = reads.columns
         key, rank = columns.keys[row], int(columns.ndim[row])
         if rank < 0:
             nowhere = torch.Size((0,))

@@ -134,7 +134,7 @@ def plan_together(run: PlanningSave, coordinator: Coordinator, cache: PlanCache)
     if verdict.is_known:
         assert cache.plan is not None
         assert cache.columns is not None
-        items = WriteTable(cache.columns)
+        items = WriteTable.from_columns(cache.columns)
         return replace(cache.plan, items=items, storage_data=verdict.storage_data)
     plan = gather_scatter(coordinator, "plan", lambda: local[0], run.plan_globally)
     _keep(cache, run, verdict.token, plan, fingerprints)

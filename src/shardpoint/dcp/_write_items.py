@@ -176,7 +176,7 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
             problems.append(Problem(str(error), key))
     if problems:
         raise PlanError("the state dict holds values that cannot be saved", problems)
-    return WriteTable(rows.columns())
+    return WriteTable.from_columns(rows.columns())
 
 
 def _describe(rows: _Rows, key: str, value: Any) -> None:
@@ -235,14 +235,13 @@ def properties_of(columns: Any, row: int) -> TensorProperties:
 class WriteTable(LazyList[WriteItem, WriteColumns]):
     """Columns that look like a list of write items."""
 
-    def _count(self) -> int:
-        return len(self._columns)
+    def _count(self, columns: WriteColumns) -> int:
+        return len(columns)
 
     def _columns_from(self, items: Iterable[WriteItem]) -> WriteColumns:
         return _columns_from_items(items)
 
-    def _make(self, row: int) -> WriteItem:
-        columns = self._columns
+    def _make(self, columns: WriteColumns, row: int) -> WriteItem:
         key, hint = columns.keys[row], int(columns.hint[row])
         place = None if hint < 0 else hint
         if columns.kind[row] == OBJECT:

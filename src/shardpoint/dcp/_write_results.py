@@ -26,28 +26,35 @@ Int64Array = npt.NDArray[np.int64]
 class ResultColumns:
     """Where rows were written, and what makes the `storage_data` of a result.
 
-    `storage_info` takes file, offset, length and transforms.
+    `storage_info` takes file, offset, length and transforms; None where that is not known.
     """
 
     written: Written
-    storage_info: Callable[..., Any]
+    storage_info: Callable[..., Any] | None
 
 
 class ResultTable(LazyList[WriteResult, ResultColumns]):
     """Columns that look like a list of write results."""
 
-    def _count(self) -> int:
-        return len(self._columns.written.keys)
+    def _count(self, columns: ResultColumns) -> int:
+        return len(columns.written.keys)
 
     def _columns_from(self, items: Iterable[WriteResult]) -> ResultColumns:
-        return ResultColumns(_written(items), self._columns.storage_info)
+        return ResultColumns(_written(items), None)
 
-    def _make(self, row: int) -> WriteResult:
-        written = self._columns.written
+    def __reduce__(self) -> Any:
+        # what was changed stays as it is: columns cannot tell what its places were made by
+        return (
+            (list, (list(self),)) if self._columns is None or self._kept else super().__reduce__()
+        )
+
+    def _make(self, columns: ResultColumns, row: int) -> WriteResult:
+        written = columns.written
         axes = int(written.ndim[row])
         offset = None if written.is_object[row] else written.offsets[row, :axes].tolist()
         length = int(written.length[row])
-        place = self._columns.storage_info(
+        assert columns.storage_info is not None
+        place = columns.storage_info(
             written.file[row],
             int(written.offset[row]),
             length,
@@ -106,7 +113,7 @@ def results_of(
         flags=np.zeros(len(rows), np.uint8),
     )
     keys = columns.keys
-    return ResultTable(
+    return ResultTable.from_columns(
         ResultColumns(
             Written(
                 keys=[keys[row] for row in numbers],

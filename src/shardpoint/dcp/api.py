@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from shardpoint.errors import PlanError, RankFailedError
+from shardpoint.errors import RankFailedError
 
 __all__ = ["CheckpointException"]
 
@@ -43,20 +43,6 @@ class CheckpointException(RankFailedError):
     def failures(self) -> dict[int, WRAPPED_EXCEPTION]:
         """Rank to the exception raised there and its stack."""
         return self._failures
-
-
-def refuse_torchs_own(part: object, name: str) -> None:
-    """Raise where a planner or storage is one of torch's own classes, or extends one.
-
-    They look for torch's metadata classes and would fail half-way. (Save planners do not, and
-    are welcome.)
-    """
-    for base in type(part).__mro__:
-        if base.__module__.startswith("torch.distributed.checkpoint."):
-            raise PlanError(
-                f"the {name} is a {base.__module__}.{base.__qualname__}; give the class of that "
-                f"name from shardpoint.dcp, or one that extends it"
-            )
 
 
 @contextmanager

@@ -117,7 +117,9 @@ class DefaultSavePlanner(SavePlanner):
             check_coverage=len(all_plans) > 1,
         )
         self.global_plan = [
-            dataclasses.replace(plan, items=WriteTable(rows.with_hint(hint).take(keep)))
+            dataclasses.replace(
+                plan, items=WriteTable.from_columns(rows.with_hint(hint).take(keep))
+            )
             for plan, rows, hint, keep in zip(
                 all_plans, columns, planned.hints, planned.kept, strict=True
             )
@@ -353,7 +355,7 @@ def create_default_global_save_plan(
     hints, index = merge(columns, check_coverage=len(all_plans) > 1)
     if rewrite_index_hints:
         all_plans = [
-            dataclasses.replace(plan, items=WriteTable(rows.with_hint(hint)))
+            dataclasses.replace(plan, items=WriteTable.from_columns(rows.with_hint(hint)))
             for plan, rows, hint in zip(all_plans, columns, hints, strict=True)
         ]
     return all_plans, metadata_of(index, None)

@@ -279,7 +279,7 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         # Not before: what could not be written is gone already, or is another save's.
         self._written = list(files)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)  # type: ignore[arg-type]
+        future.set_result(results)
         return future
 
     def _buckets(self, columns: WriteColumns) -> list[npt.NDArray[np.int64]]:

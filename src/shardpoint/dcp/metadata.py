@@ -168,3 +168,11 @@ class MetadataIndex:
         object.__setattr__(self, "index", index)
         if offset is not None:
             object.__setattr__(self, "offset", torch.Size(offset))
+
+    def __eq__(self, other: object) -> bool:
+        # by name: torch's own finds what is stored under ours, and the other way round
+        if type(other).__name__ != "MetadataIndex":
+            return NotImplemented
+        return self.fqn == getattr(other, "fqn", None) and self.offset == getattr(
+            other, "offset", None
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import prod
@@ -35,7 +34,18 @@ __all__ = [
 ]
 
 
-class WriteItemType(Enum):
+class _Kind(Enum):
+    """Equal to the member of that name of torch's enumeration: programs may name either."""
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Enum) and type(other).__name__ == type(self).__name__:
+            return self.name == other.name
+        return NotImplemented
+
+    __hash__ = Enum.__hash__
+
+
+class WriteItemType(_Kind):
     """What a `WriteItem` writes."""
 
     TENSOR = auto()
@@ -43,7 +53,7 @@ class WriteItemType(Enum):
     BYTE_IO = auto()
 
 
-class LoadItemType(Enum):
+class LoadItemType(_Kind):
     """What a `ReadItem` reads."""
 
     TENSOR = auto()
@@ -118,7 +128,7 @@ class SavePlan:
         False where the plan says "as last time".
     """
 
-    items: Sequence[WriteItem]
+    items: list[WriteItem]
     storage_data: Any = None
     planner_data: Any = None
     usable: bool = True
@@ -128,7 +138,7 @@ class SavePlan:
 class LoadPlan:
     """What one rank reads; see `SavePlan`."""
 
-    items: Sequence[ReadItem]
+    items: list[ReadItem]
     storage_data: Any = None
     planner_data: Any = None
 

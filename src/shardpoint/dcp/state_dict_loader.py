@@ -17,7 +17,8 @@ from shardpoint.dcp._pending import wait_for_place
 from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._signatures import accepted, takes
 from shardpoint.dcp._state import is_stateful
-from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
+from shardpoint.dcp._torch_parts import loading_parts
+from shardpoint.dcp.api import checkpoint_exceptions
 from shardpoint.dcp.default_planner import (
     DefaultLoadPlanner,
     Narrowing,
@@ -242,9 +243,8 @@ class _Load:
         )
 
     def _plan_locally(self) -> LoadPlan:
-        reader = self.reader = self.make_reader()
-        refuse_torchs_own(reader, "storage reader")
-        refuse_torchs_own(self.planner, "load planner")
+        self.planner, reader = loading_parts(self.planner, self.make_reader())
+        self.reader = reader
         self.loaded = self.state()
         rank, is_coordinator = self.coordinator.rank, self.coordinator.is_coordinator
         metadata, use_collectives = _read_metadata(reader, rank)

@@ -32,8 +32,10 @@ from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._save_planning import cache_of, plan_together
 from shardpoint.dcp._signatures import accepted
 from shardpoint.dcp._state import call_state_dict
+from shardpoint.dcp._torch_objects import ours
+from shardpoint.dcp._torch_parts import saving_parts
 from shardpoint.dcp._write_results import bytes_of
-from shardpoint.dcp.api import checkpoint_exceptions, refuse_torchs_own
+from shardpoint.dcp.api import checkpoint_exceptions
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.filesystem import FileSystemWriter, _StorageInfo
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
@@ -250,8 +252,8 @@ class _Save:
     bytes_written: int = 0
 
     def plan_locally(self) -> SavePlan:
-        writer = self.writer = self.make_writer()
-        refuse_torchs_own(writer, "storage writer")
+        self.planner, writer = saving_parts(self.planner, self.make_writer())
+        self.writer = writer
         is_coordinator = self.coordinator.is_coordinator
         set_up_planner = self.planner.set_up_planner
         meta = accepted(set_up_planner, storage_meta=writer.storage_meta())
@@ -329,7 +331,8 @@ def _save(
     )
     if isinstance(finished, CheckpointIndex):
         return metadata_of(finished, _StorageInfo)
-    return finished
+    saved: Metadata = ours(finished)  # where planner and writer are torch's, it is torch's, too
+    return saved
 
 
 def _abort(run: _Save) -> None:
