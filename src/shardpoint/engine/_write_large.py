@@ -14,9 +14,9 @@ from shardpoint.index import BLOCK_BYTES
 
 __all__ = ["large_record_tasks"]
 
-# What is checksummed and then written at once: whole blocks. Half of it would cost the kernel
-# more than the shorter way back into the cache saves.
-_WRITE = 4 << 20
+# What is checksummed and then written at once: whole blocks. While one thread takes checksums
+# another writes, so this is also for how long the file waits when both take them.
+_WRITE = 2 << 20
 _PIECE = 16 << 20  # what one thread takes of a large tensor; whole writes
 _BUFFER = 1 << 20  # what sources that gather elements are asked for at a time
 
@@ -86,23 +86,33 @@ class _LargeRecord:
         self._offset = int(written.payload_offset[row])
         self._nbytes = int(written.payload_length[row])
         self._first_block = int(written.first_block[row])
+        self._source = record.form if isinstance(record, FormedRecord) else record
+        self._head = memoryview(self._source.head)
         self.unfinished = 0
 
     def write_piece(self, start: int, piece: memoryview) -> None:
         """Write a part of the payload from its own memory; the last one ends the record."""
         blocks = self._written.blocks
-        for at in range(0, len(piece), _WRITE):
+        last = max(0, len(piece) - 1) // _WRITE * _WRITE
+        for at in range(0, last + 1, _WRITE):
             view = piece[at : at + _WRITE]
             block = self._first_block + (start + at) // BLOCK_BYTES
             for begin in range(0, len(view), BLOCK_BYTES):
                 blocks[block] = crc32(view[begin : begin + BLOCK_BYTES])
                 block += 1
-            self._write(self._offset + start + at, [view])
+            offset, buffers = self._offset + start + at, [view]
+            if start + at == 0:
+                offset -= len(self._head)
+                buffers.insert(0, self._head)
+            if at == last and len(piece) == self._nbytes:
+                buffers.append(self._tail())
+            self._write(offset, buffers)
         with self._lock:
             self.unfinished -= 1
             if self.unfinished:
                 return
-        self._end()
+        if len(piece) < self._nbytes:
+            self._write(self._offset + self._nbytes, [self._tail()])
 
     def write_parts(self, parts: Sequence[TensorSource]) -> None:
         """Write a payload that its parts give piece by piece, and end the record."""
@@ -120,20 +130,19 @@ class _LargeRecord:
         sums.finish()
         end = self._first_block + len(sums.checksums)
         self._written.blocks[self._first_block : end] = sums.checksums
-        self._end()
+        self._write(self._offset - len(self._head), [self._head])
+        self._write(self._offset + self._nbytes, [self._tail()])
 
-    def _end(self) -> None:
-        """Write what stands before and after the payload, now that its checksum is known."""
+    def _tail(self) -> memoryview:
+        """Return what stands after the payload, now that its checksum is known, and note that."""
         written, row = self._written, self._row
         stop = int(written.first_block[row + 1])
         checksum = combined(written.blocks[self._first_block : stop].tolist(), self._nbytes)
-        source = self._record.form if isinstance(self._record, FormedRecord) else self._record
-        head, tail = source.head, source.tail(checksum)
-        length = len(head) + self._nbytes + len(tail)
+        tail = self._source.tail(checksum)
+        length = len(self._head) + self._nbytes + len(tail)
         if length != written.length[row]:
             raise wrong_length(self._name, int(written.length[row]), length)
-        self._write(int(written.offset[row]), [memoryview(head)])
-        self._write(self._offset + self._nbytes, [memoryview(tail)])
         written.payload_checksum[row] = checksum
-        before = crc32_combine(crc32(head), checksum, self._nbytes)
+        before = crc32_combine(crc32(self._head), checksum, self._nbytes)
         written.record_checksum[row] = crc32_combine(before, crc32(tail), len(tail))
+        return memoryview(tail)
