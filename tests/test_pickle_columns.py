@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardpoint.formats._pickle_columns import assemble, integers, looked_up
-from shardpoint.formats._pickle_writing import integer
+from shardpoint.formats._pickle_memo import Memo
+from shardpoint.formats._pickle_writing import integer, joined_texts, text
 
 EDGES = [sign * (1 << bits) + by for bits in range(64) for sign in (-1, 1) for by in (-1, 0, 1)]
 int64s = st.one_of(
@@ -61,3 +64,23 @@ def test_rows_of_any_parts_follow_one_another(
 def test_short_starts_are_refused() -> None:
     with pytest.raises(ValueError, match="begin with 3 bytes"):
         assemble(b"abc", [], 1)
+
+
+@pytest.mark.parametrize("longest", [0, 255, 256, 70_000])
+def test_many_texts_are_each_as_written_alone(longest: int) -> None:
+    values = ["a", "", "\udc80", "\u00e9" * 127, "x" * longest]
+    assert joined_texts(values, b"\x940") == b"".join(text(value) + b"\x940" for value in values)
+
+
+@pytest.mark.parametrize("before", [0, 200, 300])
+def test_the_memo_gives_back_what_was_put_in(before: int) -> None:
+    output: list[bytes] = []
+    memo = Memo(output)
+    fetches = {str(number): memo.text(str(number)) for number in range(before)}
+    many = [f"key.{number // 2}" for number in range(300)]
+    fetches |= {value: memo.texts(many)[value] for value in many}
+    fetches["collections.deque"] = memo.name("collections", "deque")
+    assert memo.text("key.7") == fetches["key.7"] == memo.texts([])["key.7"]
+    data = b"".join([b"\x80\x04(", *output, *fetches.values(), b"t."])
+    loaded = pickle.loads(data)
+    assert [part if isinstance(part, str) else "collections.deque" for part in loaded] == [*fetches]

@@ -46,15 +46,16 @@ class _Rows:
 
     def __init__(self) -> None:
         self.keys: list[str] = []
-        self.hints: list[int] = []
         self.numbers: list[int] = []
+        self.hints: dict[int, int] = {}  # by row, of the few that have one
         self._descriptions: dict[_Description, int] = {_OBJECT: 0}
 
     def add(self, key: str, number: int, hint: int = -1) -> None:
         """Add a row with a description that is known already."""
+        if hint != -1:
+            self.hints[len(self.keys)] = hint
         self.keys.append(key)
         self.numbers.append(number)
-        self.hints.append(hint)
 
     def add_object(self, key: str, hint: int = -1) -> None:
         self.add(key, 0, hint)
@@ -111,6 +112,8 @@ class _Rows:
             boxes[0, number, :rank] = shape
             boxes[1, number, :rank], boxes[2, number, :rank] = offsets, sizes
         numbers = np.array([description[0] for description in described], np.int64)[taken]
+        hint = np.full(len(taken), -1, np.int64)
+        hint[list(self.hints)] = list(self.hints.values())
         return WriteColumns(
             keys=self.keys,
             kind=numbers[:, 0].astype(np.uint8),
@@ -122,7 +125,7 @@ class _Rows:
             requires_grad=numbers[:, 3].astype(np.bool_),
             pin_memory=numbers[:, 4].astype(np.bool_),
             memory_format=numbers[:, 5].astype(np.uint8),
-            hint=np.array(self.hints, np.int64),
+            hint=hint,
         )
 
 
@@ -137,10 +140,12 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
     """
     rows, problems = _Rows(), []
     known: dict[tuple[Any, ...], int] = {}
+    add_key, add_number = rows.keys.append, rows.numbers.append
     for key, value in state_dict.items():
         kind = type(value)
         if kind in _PLAIN_OBJECTS:
-            rows.add(key, 0)
+            add_key(key)
+            add_number(0)
             continue
         look: tuple[Any, ...] | None = None
         if (
@@ -155,7 +160,8 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
             )
             number = known.get(look)
             if number is not None:
-                rows.add(key, number)
+                add_key(key)
+                add_number(number)
                 continue
         elif kind is DTensor and not hasattr(value._local_tensor, "__create_write_items__"):
             local = value._local_tensor
@@ -165,7 +171,8 @@ def describe_state(state_dict: dict[str, Any]) -> WriteTable:
             )
             number = known.get(look)
             if number is not None:
-                rows.add(key, number)
+                add_key(key)
+                add_number(number)
                 continue
         before = len(rows.numbers)
         try:

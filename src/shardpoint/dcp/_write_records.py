@@ -101,6 +101,7 @@ class _Variant:
     dtype: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    is_complex: bool
 
     def row(self, axes: int) -> list[int]:
         """Return dtype, number of axes, shape and strides, the last two padded."""
@@ -130,6 +131,7 @@ def _formed_records(
     records: list[AnyRecord | None] = [None] * len(columns)
     variant_of = [-1] * len(columns)
     variants: list[_Variant] = []
+    make_record = tuple.__new__
     numbers: dict[tuple[Any, ...], int] = {}
     objects = (columns.kind == OBJECT).tolist()
     for row, (key, is_object) in enumerate(zip(columns.keys, objects, strict=True)):
@@ -138,20 +140,25 @@ def _formed_records(
             records[row] = _object_record(value)
             continue
         tensor = value if type(value) in _OWN_MEMORY else _local_tensor(columns, row, value)
-        if tensor is None or not tensor.is_cpu or tensor.is_conj() or tensor.is_neg():
+        if tensor is None or not tensor.is_cpu or tensor.is_neg():
             continue
         look = (tensor.dtype, tensor.shape, tensor.stride())
-        number = numbers.get(look)
-        if number is None:
+        try:
+            number = numbers[look]
+        except KeyError:
             variant = _variant(tensor)
             number = numbers[look] = -1 if variant is None else len(variants)
             if variant is not None:
                 variants.append(variant)
-        if number >= 0:
-            variant = variants[number]
-            memory = variant.memory_at(tensor.data_ptr())
-            records[row] = FormedRecord(variant.form, memory, tensor)
-            variant_of[row] = number
+        if number < 0:
+            continue
+        variant = variants[number]
+        if variant.is_complex and tensor.is_conj():
+            continue
+        # What `FormedRecord(...)` does, without a call in Python.
+        memory = variant.memory_at(tensor.data_ptr())
+        records[row] = make_record(FormedRecord, (variant.form, memory, tensor))
+        variant_of[row] = number
     return records, np.array(variant_of, np.int64), variants
 
 
@@ -181,7 +188,7 @@ def _variant(tensor: torch.Tensor) -> _Variant | None:
         strides = row_major_strides(shape)
     form = TensorRecordLayout(dtype, shape, strides).form
     memory_at = (ctypes.c_char * form.payload_length).from_address if tensor.numel() else _nothing
-    return _Variant(form, memory_at, dtype.code, shape, strides)
+    return _Variant(form, memory_at, dtype.code, shape, strides, tensor.is_complex())
 
 
 def _nothing(address: int) -> bytes:

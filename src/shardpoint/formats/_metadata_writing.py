@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, filterfalse, groupby, islice, repeat
+from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
@@ -18,8 +20,9 @@ import numpy.typing as npt
 
 from shardpoint.dtypes import BY_CODE
 from shardpoint.errors import FormatError, NotSupportedError
-from shardpoint.formats._pickle_columns import Part, assemble, integers, looked_up
+from shardpoint.formats._pickle_columns import Choices, Part, assemble, integers, looked_up
 from shardpoint.formats._pickle_guards import describe
+from shardpoint.formats._pickle_memo import Memo
 from shardpoint.formats._pickle_writing import integer as _integer
 from shardpoint.formats._pickle_writing import text as _text
 from shardpoint.formats._planner_data import check_plain, planner_values
@@ -33,7 +36,6 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _NEW_WITH_FIELDS = b")\x81}("  # EMPTY_TUPLE NEWOBJ EMPTY_DICT MARK ...
 _END_FIELDS = b"ub"  # ... SETITEMS BUILD
 _BLOCK = 1 << 15  # rows that are assembled at once
-_LONG_FETCH = struct.Struct("<cI").pack
 _TRUE_FALSE = {True: b"\x88", False: b"\x89"}
 
 
@@ -46,49 +48,6 @@ def _tuple(parts: Sequence[bytes]) -> bytes:
     if len(parts) <= 3:
         return b"".join(parts) + _TUPLE_OF[len(parts)]
     return b"(" + b"".join(parts) + b"t"
-
-
-class _Memo:
-    """Hands out the bytes that fetch a value; those that make it go to `output` once."""
-
-    def __init__(self, output: list[bytes]) -> None:
-        self._output = output
-        self._known: dict[bytes, bytes] = {}
-        self._texts: dict[str, bytes] = {}
-
-    def define(self, definition: bytes) -> bytes:
-        fetch = self._known.get(definition)
-        if fetch is None:
-            number = len(self._known)
-            self._output.append(definition + b"\x940")  # MEMOIZE POP
-            fetch = _LONG_FETCH(b"j", number) if number >= 1 << 8 else b"h" + bytes((number,))
-            self._known[definition] = fetch
-        return fetch
-
-    def text(self, value: str) -> bytes:
-        fetch = self._texts.get(value)
-        if fetch is None:
-            fetch = self._texts[value] = self.define(_text(value))
-        return fetch
-
-    def texts(self, values: Iterable[str]) -> dict[str, bytes]:
-        """Return the fetches of these texts, and of all others met so far."""
-        texts, known, output = self._texts, self._known, self._output
-        for value in values:
-            if value in texts:
-                continue
-            definition = _text(value)
-            number = len(known)
-            if number < 1 << 8 or definition in known:
-                texts[value] = self.define(definition)
-                continue
-            output.append(definition)
-            output.append(b"\x940")  # MEMOIZE POP
-            texts[value] = known[definition] = _LONG_FETCH(b"j", number)
-        return texts
-
-    def name(self, module: str, name: str) -> bytes:
-        return self.define(self.text(module) + self.text(name) + b"\x93")
 
 
 class _Sizes:
@@ -142,7 +101,7 @@ class _Writer:
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
         self.preamble: list[bytes] = []
-        self.memo = _Memo(self.preamble)
+        self.memo = Memo(self.preamble)
         self.sizes = _Sizes(self.memo.name("torch", "Size"))
         self.axes = index.tensors.ndim.astype(np.int64)
         self.first_chunk = index.tensors.first_chunk.tolist()
@@ -153,7 +112,7 @@ class _Writer:
         """Fetches for all keys, and other texts."""
         return self.memo.texts(self.index.key_order)
 
-    def entries(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
+    def entries(self, keys: Mapping[str, bytes]) -> list[bytes | memoryview]:
         """``state_dict_metadata``."""
         tensors = self.index.tensors
         rows = {key: row for row, key in enumerate(tensors.keys)}
@@ -161,47 +120,48 @@ class _Writer:
         tensor_class = self.memo.name(_METADATA, "TensorStorageMetadata")
         fields = [self.memo.text(name) for name in ("properties", "size", "chunks")]
         bytes_object = self.memo.name(_METADATA, "BytesStorageMetadata") + b")\x81"
-        known: dict[tuple[int, ...], bytes] = {}
-        yield b"}("
+        known: dict[bytes, bytes] = {}
+        output: list[bytes | memoryview] = [b"}("]
         for key in self.index.key_order:
-            yield keys[key]
+            output.append(keys[key])
             row = rows.get(key)
             if row is None:
-                yield bytes_object
+                output.append(bytes_object)
                 continue
             description = alike[row]
             whole = None if description is None else known.get(description)
             if whole is not None:
-                yield whole
+                output.append(whole)
                 continue
             shape = self.sizes[tensors.shape_of(row)]
             begin = tensor_class + _NEW_WITH_FIELDS + fields[0] + self.properties(row)
             begin += fields[1] + shape + fields[2]
             if description is None:
-                yield begin
-                yield from self.chunks(row)
-                yield _END_FIELDS
+                output += (begin, *self.chunks(row), _END_FIELDS)
             else:
                 whole = known[description] = b"".join((begin, *self.chunks(row), _END_FIELDS))
-                yield whole
-        yield b"u"
+                output.append(whole)
+        output.append(b"u")
+        return output
 
-    def _alike(self) -> list[tuple[int, ...] | None]:
+    def _alike(self) -> list[bytes | None]:
         """Return all that the entry of each tensor of one chunk depends on; None for others."""
         tensors, chunks = self.index.tensors, self.index.chunks
         single = np.diff(tensors.first_chunk) == 1
         if not single.any():
             return [None] * len(tensors)
         chunk = np.where(single, tensors.first_chunk[:-1], 0)
-        described = np.column_stack(
-            [
-                *(tensors.dtype, tensors.memory_format, tensors.requires_grad),
-                *(tensors.pin_memory, tensors.ndim, tensors.shape),
-                *(chunks.offsets[chunk], chunks.sizes[chunk]),
-            ]
-        ).tolist()
-        pairs = zip(described, single.tolist(), strict=True)
-        return [tuple(numbers) if one else None for numbers, one in pairs]
+        columns = [
+            *(tensors.dtype, tensors.memory_format, tensors.requires_grad),
+            *(tensors.pin_memory, tensors.ndim, tensors.shape),
+            *(chunks.offsets[chunk], chunks.sizes[chunk]),
+        ]
+        described = np.ascontiguousarray(np.column_stack(columns), np.int64)
+        # As bytes, which are made and compared faster than tuples of numbers.
+        alike: list[bytes | None] = described.view(f"V{described.strides[0]}")[:, 0].tolist()
+        for row in np.flatnonzero(~single).tolist():
+            alike[row] = None
+        return alike
 
     def properties(self, row: int) -> bytes:
         tensors = self.index.tensors
@@ -258,30 +218,41 @@ class _Writer:
             ]
             yield assemble(start, parts, len(axes))
 
-    def planner_data(self) -> Iterator[bytes]:
+    def planner_data(self) -> Iterable[bytes]:
         """``planner_data``: the planner's own values where it stored any, else the paths."""
         if self.index.planner_data is not None:
-            yield from planner_values(self.index.planner_data, self.memo.define)
-            return
+            return planner_values(self.index.planner_data, self.memo.text, self.memo.define)
         paths = self.index.paths
         if paths is None:
-            yield b"N"
-            return
-        names = {part: None for path in paths.values() for part in path}
-        texts = self.memo.texts(name for name in names if isinstance(name, str))
-        known = {name: texts[name] if isinstance(name, str) else _integer(name) for name in names}
-        text = self.memo.text
+            return [b"N"]
+        parts: dict[Any, None] = dict.fromkeys(chain.from_iterable(paths.values()))
+        positions: dict[Any, bytes] = {}
+        if not set(map(type, parts)) <= {str}:
+            positions = {part: _integer(part) for part in parts if not isinstance(part, str)}
+        texts = self.memo.texts(chain(filterfalse(positions.__contains__, parts), paths))
+        known = {**texts, **positions} if positions else texts
+        return self._path_items(paths, texts, known)
+
+    def _path_items(
+        self,
+        paths: Mapping[str, tuple[str | int, ...]],
+        texts: Mapping[str, bytes],
+        known: Mapping[Any, bytes],
+    ) -> list[bytes]:
+        """Return the items of keys and their paths; those of one length follow in long runs."""
         output = [b"}("]
-        for key, path in paths.items():
-            parts = [known[part] for part in path]
-            output.append(text(key))
-            if 0 < len(parts) <= 3:
-                output += parts
-                output.append(_TUPLE_OF[len(parts)])
-            else:
-                output.append(_tuple(parts))
-        yield from output
-        yield b"u"
+        keys, values = iter(paths), iter(paths.values())
+        for length, run in groupby(map(len, paths.values())):
+            count = len(list(run))
+            same = list(islice(values, count))
+            row: list[Iterable[bytes]] = [map(texts.__getitem__, islice(keys, count))]
+            if length > 3:
+                row.append(repeat(b"("))
+            row += [map(known.__getitem__, map(itemgetter(at), same)) for at in range(length)]
+            row.append(repeat(_TUPLE_OF[length] if length <= 3 else b"t"))
+            output += chain.from_iterable(zip(*row, strict=False))
+        output.append(b"u")
+        return output
 
     def storage(self, keys: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
         """``storage_data``: objects first, as they stand first in the files."""
@@ -297,12 +268,12 @@ class _Writer:
             parts = [names, hint, b"N", _END_FIELDS, *place(objects, known)]
             yield assemble(start, parts, len(known))[0]
         chunks = index.chunks
-        fetches = [keys[key] for key in index.tensors.keys]
+        fetches = Choices([keys[key] for key in index.tensors.keys])
         for first in range(0, len(chunks), _BLOCK):
             rows = first + np.flatnonzero(chunks.file[first : first + _BLOCK] != NO_FILE)
             tensor = chunks.tensor[rows]
             parts = [
-                looked_up(fetches, tensor),
+                fetches[tensor],
                 hint,
                 integers(rows - index.tensors.first_chunk[tensor]),
                 offset,
@@ -319,7 +290,7 @@ class _Writer:
         module = "torch.distributed.checkpoint.filesystem"
         start = memo.name(module, "_StorageInfo") + _NEW_WITH_FIELDS + memo.text("relative_path")
         offset_name = memo.text("offset")
-        files = [memo.text(file) for file in index.files]
+        files = Choices([memo.text(file) for file in index.files])
         length_name = memo.text("length")
         ends = [_END_FIELDS]
         for descriptors in index.transforms[1:]:
@@ -329,7 +300,7 @@ class _Writer:
         def place(columns: Chunks | Objects, rows: Int64s) -> list[Part | bytes]:
             return [
                 start,
-                looked_up(files, columns.file[rows].astype(np.int64)),
+                files[columns.file[rows].astype(np.int64)],
                 offset_name,
                 integers(columns.record_offset[rows]),
                 length_name,

@@ -9,12 +9,13 @@ least eight bytes, comes last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Part", "assemble", "integers", "looked_up"]
+__all__ = ["Choices", "Part", "assemble", "integers", "looked_up"]
 
 _Words: TypeAlias = npt.NDArray[np.uint64]
 Int64s: TypeAlias = npt.NDArray[np.int64]
@@ -32,14 +33,25 @@ class Part:
         self.length = length
 
 
+class Choices:
+    """Byte strings of which each row of a part has one."""
+
+    __slots__ = ("_lengths", "_words")
+
+    def __init__(self, choices: Sequence[bytes]) -> None:
+        lengths = np.fromiter(map(len, choices), np.int64, len(choices))
+        words = -(-max(int(lengths.max(initial=0)), 1) // _WORD)
+        table = b"".join(map(bytes.ljust, choices, repeat(words * _WORD), repeat(b"\0")))
+        self._lengths = lengths
+        self._words = np.frombuffer(table, "<u8").astype(np.uint64).reshape(-1, words)
+
+    def __getitem__(self, which: Int64s) -> Part:
+        return Part(self._words[which], self._lengths[which])
+
+
 def looked_up(choices: Sequence[bytes], which: Int64s) -> Part:
     """Return the part that has, in each row, one of a few byte strings."""
-    size = max(max(map(len, choices), default=0), 1)
-    words = -(-size // _WORD)
-    table = b"".join(choice.ljust(words * _WORD, b"\0") for choice in choices)
-    values = np.frombuffer(table, "<u8").astype(np.uint64).reshape(-1, words)
-    lengths = np.array([len(choice) for choice in choices], np.int64)
-    return Part(values[which], lengths[which])
+    return Choices(choices)[which]
 
 
 def integers(values: Int64s, where: npt.NDArray[np.bool_] | None = None) -> Part:

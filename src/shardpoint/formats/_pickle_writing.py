@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from itertools import chain, repeat
 
-__all__ = ["binary", "floating", "integer", "text"]
+__all__ = ["binary", "floating", "integer", "joined_texts", "text"]
 
 
 _BYTES = [bytes((value,)) for value in range(1 << 8)]
+_SHORT_TEXT = [b"\x8c" + value for value in _BYTES]
 
 
 def integer(value: int) -> bytes:
@@ -34,8 +37,17 @@ def text(value: str) -> bytes:
     """Return a str as SHORT_BINUNICODE, BINUNICODE or BINUNICODE8."""
     data = value.encode("utf-8", "surrogatepass")
     if len(data) < 1 << 8:  # nearly all, by the thousands
-        return b"\x8c" + _BYTES[len(data)] + data
+        return _SHORT_TEXT[len(data)] + data
     return _sized(data, b"\x8c", b"X", b"\x8d")
+
+
+def joined_texts(values: Sequence[str], after: bytes) -> bytes:
+    """Return many texts, each followed by the same opcodes: `text` for thousands of keys."""
+    encoded = list(map(str.encode, values, repeat("utf-8"), repeat("surrogatepass")))
+    if max(map(len, encoded), default=0) >= 1 << 8:
+        return b"".join([text(value) + after for value in values])
+    starts = map(_SHORT_TEXT.__getitem__, map(len, encoded))
+    return b"".join(chain.from_iterable(zip(starts, encoded, repeat(after), strict=False)))
 
 
 def binary(value: bytes) -> bytes:

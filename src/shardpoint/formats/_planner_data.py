@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from shardpoint.errors import FormatError
 from shardpoint.formats._pickle_guards import Limits, describe, measure
-from shardpoint.formats._pickle_writing import binary, floating, integer, text
+from shardpoint.formats._pickle_writing import binary, floating, integer
 
 __all__ = ["check_plain", "planner_values", "split_planner_data"]
 
@@ -112,15 +112,17 @@ def check_plain(value: Any, *, source: str) -> None:
     measure(value, source=f"{source}: planner_data", limits=_LIMITS)
 
 
-def planner_values(value: Any, define: Callable[[bytes], bytes]) -> Iterator[bytes]:
+def planner_values(
+    value: Any, define_text: Callable[[str], bytes], define: Callable[[bytes], bytes]
+) -> Iterator[bytes]:
     """Yield the opcodes of a checked value, without recursion.
 
     Containers that appear twice are written twice, and are two values when read.
 
     Parameters
     ----------
-    define
-        Takes the opcodes of a text or of bytes and gives those that fetch it from the memo,
+    define_text, define
+        Take a text, or the opcodes of bytes, and give the opcodes that fetch it from the memo,
         so that a long one is written once.
     """
     pending: list[Any] = [value]
@@ -132,7 +134,7 @@ def planner_values(value: Any, define: Callable[[bytes], bytes]) -> Iterator[byt
             yield ends.pop()
             continue
         if type(part) in _LEAVES:
-            yield _leaf(part, define)
+            yield _leaf(part, define_text, define)
             continue
         start, finish = _BRACKETS[type(part)]
         yield start
@@ -142,11 +144,13 @@ def planner_values(value: Any, define: Callable[[bytes], bytes]) -> Iterator[byt
         pending.extend(reversed(list(parts)))
 
 
-def _leaf(value: Any, define: Callable[[bytes], bytes]) -> bytes:
+def _leaf(
+    value: Any, define_text: Callable[[str], bytes], define: Callable[[bytes], bytes]
+) -> bytes:
     if value is None or type(value) is bool:
         return _CONSTANTS[value]
     if type(value) is int:
         return integer(value)
     if type(value) is float:
         return floating(value)
-    return define(text(value) if type(value) is str else binary(value))
+    return define_text(value) if type(value) is str else define(binary(value))
