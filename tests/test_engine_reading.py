@@ -27,6 +27,7 @@ from shardpoint.dtypes import BY_CODE
 from shardpoint.engine.reading import ReadRequest, read_tensors
 from shardpoint.errors import (
     CorruptionError,
+    DamagedCheckpointError,
     FormatError,
     NotSupportedError,
     PlanError,
@@ -553,12 +554,15 @@ def test_a_slice_needs_only_the_files_it_lies_in(
     assert sink_of(part).asked == 0
 
 
-def test_a_hole_elsewhere_in_the_tensor_is_still_found(tmp_path: Path) -> None:
+def test_a_hole_matters_to_those_who_want_it(tmp_path: Path) -> None:
     array = _numbers((40, 3))
     storage = LocalStorage(tmp_path)
     index = save(storage, {"x": array}, grid("x", (40, 3), [[10, 20, 30], []]))
     broken = _hole(index)
-    with pytest.raises(PlanError, match="no chunk covers"):
-        read_tensors(
-            broken, storage, [request(broken, "x", ((30, 0), (5, 3)))], threads=1, verify=True
-        )
+    part = request(broken, "x", ((30, 0), (5, 3)))
+    read_tensors(broken, storage, [part], threads=1, verify=True)
+    _same(sink_of(part).array, array[30:35])
+    wanted = [request(broken, "x", ((30, 0), (5, 3))), request(broken, "x", ((15, 0), (5, 3)))]
+    with pytest.raises(DamagedCheckpointError, match=r"no chunk covers 3 of 120.*19:20"):
+        read_tensors(broken, storage, wanted, threads=1, verify=True)
+    assert [sink_of(one).asked for one in wanted] == [0, 0]
