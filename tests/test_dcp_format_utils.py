@@ -135,7 +135,14 @@ def _load_by_broadcast(path: str, name: str) -> dict[str, Any]:
 
 def _fail_to_load(path: str) -> list[str]:
     messages = []
-    for target in ({"missing": torch.zeros(2)}, {"whole": torch.zeros(4)}, {"whole": 3}):
+    smaller = torch.zeros(2 + (dist.get_rank() == 0))  # of the right size on one rank
+    targets: list[dict[str, Any]] = [
+        {"missing": torch.zeros(2)},
+        {"whole": torch.zeros(4)},
+        {"whole": smaller},
+        {"whole": 3},
+    ]
+    for target in targets:
         try:
             dcp.load(
                 target,
@@ -156,10 +163,11 @@ def test_one_rank_reads_for_all(pool: RankPool, tmp_path: Path) -> None:
             assert torch.equal(loaded["sharded"], saved["sharded"])
             assert torch.equal(loaded["whole"].float(), saved["whole"])
     for messages in pool.run(2, _fail_to_load, str(tmp_path / "state.pt")):
-        assert len(messages) == 3
-        assert "no such tensor" in messages[0]
-        assert "has shape (3,)" in messages[1]
-        assert "no tensor but int" in messages[2]
+        assert len(messages) == 4
+        assert messages[0].count("no such tensor") == 1  # once, not once for every rank
+        assert "has shape (3,) in the file, and (4,) in the state dict on rank 0" in messages[1]
+        assert "has shape (3,) in the file, and (2,) in the state dict on rank 1" in messages[2]
+        assert "no tensor but int" in messages[3]
 
 
 def test_broadcasting_works_in_one_process_too(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from shardpoint.dcp.staging import (
     StagingOptions,
     release_staging_memory,
 )
-from shardpoint.errors import PlanError
+from shardpoint.errors import PlanError, StorageError
 
 BLOCKING = StagingOptions(use_async_staging=False)
 
@@ -228,3 +228,11 @@ def test_file_system_writer_is_a_stager_that_can_be_copied() -> None:
     assert other.stage({"x": torch.ones(3)})["x"].sum() == 3
     writer.synchronize_staging()
     writer.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_that_is_not_there_is_named(shared: bool) -> None:
+    with pytest.raises(
+        StorageError, match=r"cannot get \d{18} bytes of .*memory to copy the state"
+    ):
+        _slabs.lease(1 << 57, shared=shared, pinned=False)

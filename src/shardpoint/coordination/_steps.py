@@ -65,7 +65,8 @@ def _vote(coordinator: Coordinator, step: str, failure: _Failure | None) -> None
     except RankLostError as lost:
         raise _contact_lost(step, lost, coordinator.rank, failure) from lost
     if verdict:
-        _raise_failures(step, cast(_Failures, _plain(verdict)).by_rank, failure)
+        by_rank = cast(_Failures, _plain(verdict)).by_rank
+        _raise_failures(step, by_rank, failure, coordinator.world_size)
 
 
 def broadcast_result(coordinator: Coordinator, step: str, function: Callable[[], Result]) -> Result:
@@ -132,7 +133,7 @@ def gather_scatter(
     except RankLostError as lost:
         raise _contact_lost(step, lost, coordinator.rank, failure) from lost
     if isinstance(answer, _Failures):
-        _raise_failures(step, answer.by_rank, failure)
+        _raise_failures(step, answer.by_rank, failure, coordinator.world_size)
     return cast(Result, answer)
 
 
@@ -261,10 +262,26 @@ def _stacks(failures: Mapping[int, _Failure]) -> dict[int, traceback.StackSummar
     }
 
 
-def _raise_failures(step: str, failures: Mapping[int, _Failure], mine: _Failure | None) -> None:
+def _same_within(causes: Mapping[int, BaseException], world_size: int) -> RankFailedError | None:
+    """Return what all ranks raised because a step inside this one failed, if that is so.
+
+    Each of them has the whole list already; a list of as many lists says no more.
+    """
+    found = [cause for cause in causes.values() if isinstance(cause, RankFailedError)]
+    if len(found) == world_size and len({str(one) for one in found}) == 1 and found[0].is_agreed:
+        return found[0]
+    return None
+
+
+def _raise_failures(
+    step: str, failures: Mapping[int, _Failure], mine: _Failure | None, world_size: int
+) -> None:
     if mine is not None and not isinstance(mine.cause, Exception):
         raise mine.cause  # an interrupt or exit goes on, now that the others know of it
     causes = {rank: failure.cause for rank, failure in failures.items()}
+    within = _same_within(causes, world_size)
+    if within is not None:
+        raise within
     raise RankFailedError(step, causes, _stacks(failures)) from (
         mine.cause if mine is not None else next(iter(causes.values()))
     )

@@ -28,6 +28,9 @@ Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 Wanted: TypeAlias = dict[str, list[Box]]
 
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+"""Of the whole tensors, as a rank's planner describes them."""
+
 
 def broadcast_tensors(
     place: str | os.PathLike[str],
@@ -50,7 +53,9 @@ def broadcast_tensors(
     for item in items:
         own.setdefault(item.storage_index.fqn, []).append(item)
     reader = _Reader(place)
-    keys: list[str] = gather_scatter(coordinator, "plan", lambda: _boxes(own), reader.open)
+    keys: list[str] = gather_scatter(
+        coordinator, "plan", lambda: (_boxes(own), _shapes(own, planner)), reader.open
+    )
     fill: Callable[[], None] = _nothing
     for key in keys:
         # A rank whose planner fails says so in the next step, where the others hear of it.
@@ -81,6 +86,13 @@ def _boxes(items: Mapping[str, Sequence[ReadItem]]) -> Wanted:
     return wanted
 
 
+def _shapes(keys: Iterable[str], planner: LoadPlanner) -> Shapes:
+    """Return the shapes that the state dict has, where the planner tells: parts do not."""
+    metadata = getattr(planner, "metadata", None)
+    described = {} if metadata is None else metadata.state_dict_metadata
+    return {key: tuple(described[key].size) for key in keys if hasattr(described.get(key), "size")}
+
+
 def _fill(items: Sequence[ReadItem], parts: Sequence[AnyArray], planner: LoadPlanner) -> None:
     for item, part in zip(items, parts, strict=True):
         target = planner.resolve_tensor(item).detach()
@@ -101,29 +113,34 @@ class _Reader:
         self._wanted: list[Wanted] = []
         self._rows: dict[str, int] = {}
 
-    def open(self, wanted: list[Wanted]) -> list[list[str]]:
+    def open(self, asked: list[tuple[Wanted, Shapes]]) -> list[list[str]]:
         """Open the file; return, for each rank, the keys to go through."""
-        self._wanted = wanted
+        self._wanted = [wanted for wanted, _ in asked]
         self._index, self._storage = open_index(self._place)
         self._rows = {key: row for row, key in enumerate(self._index.tensors.keys)}
-        shapes = [
-            (key, tuple(map(add, offsets, sizes)))
-            for of_rank in wanted
-            for key, boxes in of_rank.items()
-            for offsets, sizes in boxes
-        ]
-        problems = {}
-        for key, end in shapes:
-            if key not in self._rows:
-                problems[key] = Problem("the file has no such tensor", key)
-                continue
-            shape = self._index.tensors.shape_of(self._rows[key])
-            if len(shape) != len(end) or any(a > b for a, b in zip(end, shape, strict=True)):
-                problems[key] = Problem(f"has shape {shape}, wanted is a part up to {end}", key)
+        problems: dict[str, Problem] = {}
+        for rank, (wanted, shapes) in enumerate(asked):
+            for key in wanted:
+                message = self._misfit(key, wanted[key], shapes.get(key))
+                if message is not None:
+                    problems.setdefault(key, Problem(f"{message} on rank {rank}", key))
         if problems:
             raise PlanError("the file does not fit the state dict", problems.values())
-        keys = list(dict.fromkeys(key for key, _ in shapes))
-        return [keys] * len(wanted)
+        keys = list(dict.fromkeys(key for wanted in self._wanted for key in wanted))
+        return [keys] * len(asked)
+
+    def _misfit(self, key: str, boxes: Sequence[Box], shape: tuple[int, ...] | None) -> str | None:
+        """Say what is wrong with what a rank wants of a tensor, if anything is."""
+        if key not in self._rows:
+            return "the file has no such tensor, which is wanted"
+        stored = self._index.tensors.shape_of(self._rows[key])
+        if shape is not None and shape != stored:
+            return f"has shape {stored} in the file, and {shape} in the state dict"
+        for offsets, sizes in boxes:
+            end = tuple(map(add, offsets, sizes))
+            if len(stored) != len(end) or any(a > b for a, b in zip(end, stored, strict=True)):
+                return f"has shape {stored} in the file, and a part up to {end} is wanted"
+        return None
 
     def parts(self, key: str, ready: Sequence[None]) -> list[list[AnyArray]]:
         """Read one tensor; return, for each rank that is ready, the boxes it wants of it."""

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardpoint.errors import StorageError
+
 __all__ = ["Lease", "Slab", "lease", "release_free", "shared_slab_at"]
 
 logger = logging.getLogger(__name__)
@@ -53,20 +55,31 @@ class Slab:
         self.size = max(-(-size // _GRANULE), 1) * _GRANULE
         self.shared = shared
         self.file: int | None = None
-        if shared:
-            self.file = os.memfd_create("shardpoint-staging", os.MFD_CLOEXEC)
-            weakref.finalize(self, os.close, self.file)
-            os.ftruncate(self.file, self.size)
-            self.memory = mmap.mmap(self.file, self.size)
-        else:
-            self.memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            try:
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError as error:  # a kernel without them
-                logger.debug("no huge pages for staging: %s", error)
+        try:
+            self.memory = self._mapped()
+        except OSError as error:
+            kind = "shared " if shared else ""
+            raise StorageError(
+                error.errno,
+                f"cannot get {self.size} bytes of {kind}memory to copy the state to: "
+                f"{error.strerror}",
+            ) from error
         view = np.frombuffer(self.memory, np.uint8)
         self.address = int(view.ctypes.data)
         self.pinned = pinned and _pin(self, self.address, self.size)
+
+    def _mapped(self) -> mmap.mmap:
+        if self.shared:
+            self.file = os.memfd_create("shardpoint-staging", os.MFD_CLOEXEC)
+            weakref.finalize(self, os.close, self.file)
+            os.ftruncate(self.file, self.size)
+            return mmap.mmap(self.file, self.size)
+        memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel without them
+            logger.debug("no huge pages for staging: %s", error)
+        return memory
 
 
 def _pin(slab: Slab, address: int, size: int) -> bool:

@@ -247,9 +247,7 @@ def _damaged(storage: Storage, problems: Sequence[Problem]) -> DamagedCheckpoint
     return DamagedCheckpointError(f"the checkpoint at {storage.location!r} is damaged", problems)
 
 
-def _check_covered(
-    index: CheckpointIndex, storage: Storage, wanted: Wanted, pairs: Pairs
-) -> None:
+def _check_covered(index: CheckpointIndex, storage: Storage, wanted: Wanted, pairs: Pairs) -> None:
     """Check that every wanted element comes, whatever went wrong before."""
     found = np.zeros(len(wanted), np.int64)
     np.add.at(found, pairs.number, pairs.sizes.prod(axis=1))
