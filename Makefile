@@ -82,7 +82,8 @@ fuzz: $(READY)
 	$(BIN)/python fuzz/run.py --seconds $(SECONDS)
 
 faults: $(READY)
-	$(BIN)/python -m pytest -s -p no:cacheprovider tests/test_dcp_crashes.py tests/test_dcp_integrity.py
+	SHARDPOINT_ALL_FAULTS=1 $(BIN)/python -m pytest -s -p no:cacheprovider \
+		tests/test_dcp_crashes.py tests/test_dcp_async_faults.py tests/test_dcp_integrity.py
 
 compare-faults: $(READY)
 	@$(BIN)/python faults/compare.py

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,11 +26,13 @@ from shardpoint.dcp import _pending
 from shardpoint.dcp._metadata_view import metadata_of
 from shardpoint.dcp._saver_channel import (
     Channel,
+    LostPeerError,
     dump_state,
     is_in_shared_memory,
     load_state,
     portable,
 )
+from shardpoint.dcp._slabs import Slab
 from shardpoint.dcp._stage_state import StateStager, memory_of
 from shardpoint.dcp.api import CheckpointException, checkpoint_exceptions
 from shardpoint.dcp.filesystem import _StorageInfo
@@ -48,6 +50,7 @@ __all__ = ["GuardedCoordinator", "save_guarded", "save_in_process", "start_proce
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_TO_END = 5.0  # before a process that was told to end is killed
 _CHILD_MARK = "SHARDPOINT_SAVER_PROCESS"
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
@@ -56,7 +59,7 @@ _BOOT = (
 
 
 class _Process:
-    """The process that saves for this one."""
+    """The process that saves for this one; one thread at a time has it save."""
 
     def __init__(self) -> None:
         if os.environ.get(_CHILD_MARK) == "1":
@@ -64,27 +67,55 @@ class _Process:
                 "the main script saves while the saving process imports it: put what it does "
                 "under `if __name__ == '__main__':`"
             )
-        # Now: a script that has run to its end, while its last save goes on, has no name any more.
-        self._main = _main_script()
+        self._main = _remembered_main()
         here, there = socket.socketpair()
-        with there:
-            arguments = [str(there.fileno()), str(os.getpid()), json.dumps(sys.path)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, *arguments],
-                pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, _CHILD_MARK: "1"},
-            )
-        self.channel = Channel(here)
+        try:
+            with there:
+                arguments = [str(there.fileno()), str(os.getpid()), json.dumps(sys.path)]
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, *arguments],
+                    pass_fds=[there.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, _CHILD_MARK: "1"},
+                )
+        except OSError as error:
+            here.close()
+            raise ShardpointError(f"the saving process could not be started: {error}") from error
+        except BaseException:
+            here.close()
+            raise
+        process = self._process
+        self.channel = Channel(here, lambda: process.poll() is None)
+        self._turn = threading.Lock()
+        self._is_closed = False
         self._sent: set[int] = set()
 
     @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def is_usable(self) -> bool:
+        return not self._is_closed and self._process.poll() is None
 
     def save(self, request: Any, state: dict[str, Any], coordinator: Coordinator) -> Metadata:
         """Have a state in shared memory saved."""
         message, slabs = _dumped(request, state)
+        with self._turn:
+            try:
+                is_done, value = self._save(message, slabs, coordinator)
+            except LostPeerError:
+                raise self._death() from None
+            except BaseException:
+                # Half-way through an exchange: what came next would not be understood.
+                self._end()
+                raise
+        if not is_done:
+            raise value
+        if isinstance(value, CheckpointIndex):
+            return metadata_of(value, _StorageInfo)
+        metadata: Metadata = value
+        return metadata
+
+    def _save(
+        self, message: bytes, slabs: Mapping[int, Slab], coordinator: Coordinator
+    ) -> tuple[bool, Any]:
         new = [(number, slab) for number, slab in slabs.items() if number not in self._sent]
         header = {
             "kept": list(slabs),
@@ -97,22 +128,15 @@ class _Process:
             "group": getattr(getattr(coordinator, "group", None), "name", ""),
             "log_level": logging.getLogger("shardpoint").getEffectiveLevel(),
         }
-        try:
-            self.channel.send(pickle.dumps(header))
-            for _, slab in new:
-                assert slab.file is not None
-                self.channel.send_file(slab.file)
-            self._sent = set(slabs)
-            self.channel.send(message)
-            is_done, value = self._serve(coordinator)
-        except (EOFError, ConnectionError):
-            raise self._death() from None
-        if not is_done:
-            raise value
-        if isinstance(value, CheckpointIndex):
-            return metadata_of(value, _StorageInfo)
-        metadata: Metadata = value
-        return metadata
+        self.channel.send(pickle.dumps(header))
+        for _, slab in new:
+            assert slab.file is not None
+            self.channel.send_file(slab.file)
+        self.channel.send(message)
+        is_done, value = self._serve(coordinator)
+        # a save that failed may have failed at mapping them
+        self._sent = set(slabs) if is_done else set()
+        return is_done, value
 
     def _serve(self, coordinator: Coordinator) -> tuple[bool, Any]:
         """Do what the saving process asks for until it is done or has failed."""
@@ -126,7 +150,7 @@ class _Process:
                 return kind == "done", value
 
     def _death(self) -> ShardpointError:
-        self.close()
+        self._end()
         code = self._process.returncode
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return ShardpointError(
@@ -136,12 +160,22 @@ class _Process:
 
     def close(self) -> None:
         """End the process, which has nothing left to do."""
+        with self._turn:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_closed = True
         self.channel.close()
         try:
-            self._process.wait(5)
+            self._process.wait(_SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def forget(self) -> None:
+        """Let go of it in a forked process, to which it does not belong."""
+        self.channel.forget()
+        self._process.returncode = 0  # nothing that this process could wait for
 
 
 def _refuse_own_memory(place: Any) -> None:
@@ -152,7 +186,7 @@ def _refuse_own_memory(place: Any) -> None:
         )
 
 
-def _dumped(request: Any, state: dict[str, Any]) -> tuple[bytes, Any]:
+def _dumped(request: Any, state: dict[str, Any]) -> tuple[bytes, Mapping[int, Slab]]:
     try:
         return dump_state((request, state))
     except ShardpointError:
@@ -189,16 +223,35 @@ def _exchange(coordinator: Coordinator, name: str, payload: Any) -> tuple[str, A
         return "failed", portable(error)
 
 
+_main: dict[str, Any] = {}
+
+
+def _remembered_main() -> dict[str, Any]:
+    """Return where the main script is, also when it has run to its end while its last save goes on.
+
+    It has no name any more then.
+    """
+    global _main
+    found = _main_script()
+    if not _main or {"init_main_from_name", "init_main_from_path"} & found.keys():
+        _main = found
+    return _main
+
+
 _process: _Process | None = None
+_starting = threading.Lock()
 
 
-def start_process() -> None:
+def start_process() -> _Process:
     """Start the saving process if there is none; it takes seconds, which nobody waits for here."""
     global _process
-    if _process is None or not _process.is_alive:
-        if _process is not None:
-            _process.close()
-        _process = _Process()
+    with _starting:
+        if _process is None or not _process.is_usable:
+            if _process is not None:
+                # waits until the save that it died of, if any, has noticed
+                _process.close()
+            _process = _Process()
+        return _process
 
 
 def save_in_process(
@@ -207,13 +260,12 @@ def save_in_process(
     """Save with the help of the saving process; `coordinator` is guarded."""
     state = staged()
     _refuse_own_memory(request.place)
-    start_process()
-    assert _process is not None
+    process = start_process()
     # what a stager of the program copied to private memory is copied once more, out of the way
     if not all(is_in_shared_memory(t) for t in memory_of(state) if t.nbytes):
         stager = StateStager(shared=True, pinned=False, keep=False, type_check=False)
         state = stager.stage(state, non_blocking=False)
-    return _process.save(request, state, coordinator)
+    return process.save(request, state, coordinator)
 
 
 class GuardedCoordinator:
@@ -327,17 +379,20 @@ def _failed(causes: dict[int, BaseException]) -> RankFailedError:
 def _close_at_exit() -> None:
     global _process
     _pending.wait_at_exit()
-    if _process is not None:
-        _process.close()
-        _process = None
+    with _starting:
+        process, _process = _process, None
+    if process is not None:
+        process.close()
 
 
 def _forget() -> None:
     """A forked child is not the one that the saving process saves for."""
-    global _process
-    _process = None
+    global _process, _starting
+    _starting = threading.Lock()
+    process, _process = _process, None
+    if process is not None:
+        process.forget()
 
 
 os.register_at_fork(after_in_child=_forget)
-_register: Any = getattr(threading, "_register_atexit")  # noqa: B009
-_register(_close_at_exit)
+_pending.at_exit(_close_at_exit)

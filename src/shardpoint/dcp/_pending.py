@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -18,7 +19,9 @@ from shardpoint.storage.places import same_spelling
 __all__ = [
     "PendingSave",
     "SaveFuture",
+    "at_exit",
     "begin",
+    "let_go",
     "place_of",
     "settle",
     "wait_at_exit",
@@ -77,7 +80,7 @@ class PendingSave:
             metadata = save()
         except BaseException as error:  # noqa: BLE001  raised to whoever asks the future
             del save
-            _let_go(error)
+            let_go(error)
             self._failure = error
             self._done.set()
             self.future.set_exception(error)
@@ -139,7 +142,7 @@ def begin(place: str | os.PathLike[str] | None, save: Callable[[], Metadata]) ->
     return pending
 
 
-def _let_go(error: BaseException) -> None:
+def let_go(error: BaseException) -> None:
     """Let go of what the frames of a failed save hold: the copy of the state, above all."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
@@ -196,12 +199,35 @@ def wait_at_exit() -> None:
 
     Nobody can ask its future any more: if it failed, it is said here.
     """
-    if _last is None:
-        return
-    _last.wait()
-    failure = _last.take_failure()
-    if failure is not None:
-        logger.error("the asynchronous save to %s failed: %s", _last.place, failure)
+    global _last
+    while (pending := _last) is not None:
+        try:
+            pending.wait()
+        except BaseException:
+            logger.error(
+                "the program was interrupted before the asynchronous save to %s was done: it does "
+                "not count",
+                pending.place,
+            )
+            _last = None  # whoever interrupts does not want to wait once more
+            raise
+        failure = pending.take_failure()
+        if failure is not None:
+            logger.error("the asynchronous save to %s failed: %s", pending.place, failure)
+        if pending is _last:  # no thread of the program has begun another one
+            return
+
+
+def at_exit(function: Callable[[], None]) -> None:
+    """Have a function called when the program ends; it may be called twice.
+
+    First when the main thread ends: the functions of `atexit` run when executors take no more
+    tasks, and the writing needs some. But the functions that run then are dropped if one of
+    them, of whatever package, raises. So once more by `atexit`.
+    """
+    register: Any = getattr(threading, "_register_atexit")  # noqa: B009
+    register(function)
+    atexit.register(function)
 
 
 def _forget() -> None:
@@ -211,6 +237,4 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-# Not `atexit`: its functions run when executors take no more tasks, and the writing needs some.
-_register: Any = getattr(threading, "_register_atexit")  # noqa: B009
-_register(wait_at_exit)
+at_exit(wait_at_exit)

@@ -6,14 +6,19 @@ place there.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import multiprocessing.spawn
 import pickle
+import select
 import socket
 import struct
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,23 +31,54 @@ from shardpoint.dcp._slabs import Slab, shared_slab_at
 from shardpoint.dcp._stage_state import sharded_tensor_of
 from shardpoint.errors import NotSupportedError, ShardpointError
 
-__all__ = ["Channel", "dump_state", "is_in_shared_memory", "load_state", "portable", "set_memory"]
+__all__ = [
+    "Channel",
+    "LostPeerError",
+    "dump_state",
+    "is_in_shared_memory",
+    "load_state",
+    "portable",
+    "set_memory",
+]
+
+_T = TypeVar("_T")
 
 _LENGTH = struct.Struct("<Q")
+_LOOKS_EVERY = 1000  # milliseconds
+
+
+class LostPeerError(ConnectionError):
+    """The process at the other end of a channel is gone."""
 
 
 class Channel:
-    """Messages over a Unix socket, whole and in order.
+    """Messages over a Unix socket, whole and in order; any thread may send, one receives.
 
-    A side that is gone makes the other raise `EOFError` or `OSError`.
+    Parameters
+    ----------
+    connection
+        This side's end; the channel closes it.
+    is_peer_alive
+        Asked once a second while nothing comes. That a process is gone shows on the socket only
+        where no other one, forked at the wrong moment, has inherited its end.
+
+    Every method raises `LostPeerError` when the other side is gone.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, is_peer_alive: Callable[[], bool]) -> None:
+        connection.setblocking(False)
         self._socket = connection
+        self._is_peer_alive = is_peer_alive
+        self._sending = threading.Lock()
 
     def send(self, message: bytes) -> None:
-        self._socket.sendall(_LENGTH.pack(len(message)))
-        self._socket.sendall(message)
+        """Send one message; log records come from other threads than what they stand between."""
+        with self._sending:
+            for part in (_LENGTH.pack(len(message)), message):
+                left = memoryview(part)
+                while left:
+                    send = partial(self._socket.send, left)
+                    left = left[self._when_ready(select.POLLOUT, send) :]
 
     def receive(self) -> bytes:
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
@@ -50,25 +86,58 @@ class Channel:
 
     def _exactly(self, length: int) -> bytearray:
         data = bytearray(length)
-        view, done = memoryview(data), 0
-        while done < length:
-            count = self._socket.recv_into(view[done:])
+        left = memoryview(data)
+        while left:
+            count = self._when_ready(select.POLLIN, partial(self._socket.recv_into, left))
             if count == 0:
-                raise EOFError
-            done += count
+                raise LostPeerError("the other side is gone")
+            left = left[count:]
         return data
 
     def send_file(self, file: int) -> None:
         """Send an open file; the other side gets a descriptor of its own."""
-        socket.send_fds(self._socket, [b"f"], [file])
+        with self._sending:
+            self._when_ready(select.POLLOUT, lambda: socket.send_fds(self._socket, [b"f"], [file]))
 
     def receive_file(self) -> int:
-        data, files, _, _ = socket.recv_fds(self._socket, 1, 1)
-        if not data or not files:
-            raise EOFError
+        data, files, _, _ = self._when_ready(
+            select.POLLIN, lambda: socket.recv_fds(self._socket, 1, 1)
+        )
+        if not data:
+            raise LostPeerError("the other side is gone")
+        if not files:
+            raise OSError(errno.EMFILE, "no descriptor came: too many files are open")
         return files[0]
 
+    def _when_ready(self, event: int, action: Callable[[], _T]) -> _T:
+        while True:
+            try:
+                return action()
+            except BlockingIOError:
+                self._wait(event)
+            except ConnectionError as error:
+                raise LostPeerError(str(error)) from error
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise
+                raise LostPeerError("this side was closed") from error
+
+    def _wait(self, event: int) -> None:
+        poller = select.poll()
+        poller.register(self._socket, event)
+        while not poller.poll(_LOOKS_EVERY):
+            # what it sent before it died is there still
+            if not self._is_peer_alive() and not poller.poll(0):
+                raise LostPeerError("the other side is gone")
+
     def close(self) -> None:
+        """Close the connection, also where a forked process has inherited this end."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def forget(self) -> None:
+        """Close this process's descriptor of an end that is another process's."""
         self._socket.close()
 
 

@@ -23,7 +23,14 @@ import numpy.typing as npt
 import torch
 
 from shardpoint.dcp._metadata_view import index_of
-from shardpoint.dcp._saver_channel import Channel, load_state, portable, set_memory
+from shardpoint.dcp._pending import let_go
+from shardpoint.dcp._saver_channel import (
+    Channel,
+    LostPeerError,
+    load_state,
+    portable,
+    set_memory,
+)
 from shardpoint.dcp.state_dict_saver import save_staged
 from shardpoint.errors import ShardpointError
 
@@ -32,12 +39,16 @@ __all__ = ["main"]
 
 def main() -> None:
     """Serve saves until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the other process, not before
+    # It ends with the other process, not before: a scheduler that ends a job sends signals to
+    # all its processes, and what the training does then is often one more save.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
     # it has no process groups, and says so for every mesh of a DTensor
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
-    _watch(int(sys.argv[2]))
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    parent = int(sys.argv[2])
+    _watch(parent)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])), lambda: os.getppid() == parent)
     forward = _Forward(channel)
     logger = logging.getLogger("shardpoint")
     logger.addHandler(forward)
@@ -47,14 +58,10 @@ def main() -> None:
     try:
         while True:
             header = pickle.loads(channel.receive())  # noqa: S301  from our own parent
-            _map_slabs(channel, memory, header)
+            files = [channel.receive_file() for _ in header["new"]]
             logger.setLevel(header["log_level"])
-            with suppress(OSError):
-                os.chdir(header["folder"] or "/")
-            answer = _save(channel, channel.receive(), header)
-            channel.send(pickle.dumps(answer))
-            del answer
-    except (EOFError, OSError):
+            channel.send(_answer(channel, memory, header, files, channel.receive()))
+    except LostPeerError:
         return
 
 
@@ -69,29 +76,41 @@ def _watch(parent: int) -> None:
     threading.Thread(target=watch, daemon=True, name="shardpoint-watch").start()
 
 
-def _map_slabs(
-    channel: Channel, memory: dict[int, npt.NDArray[np.uint8]], header: Mapping[str, Any]
-) -> None:
-    for number in set(memory) - set(header["kept"]):
-        del memory[number]
-    for number, size in header["new"]:
-        file = channel.receive_file()
-        try:
-            memory[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
-        finally:
-            os.close(file)
-
-
-def _save(channel: Channel, message: bytes, header: Mapping[str, Any]) -> tuple[str, Any]:
+def _answer(
+    channel: Channel,
+    memory: dict[int, npt.NDArray[np.uint8]],
+    header: Mapping[str, Any],
+    files: Sequence[int],
+    message: bytes,
+) -> bytes:
+    """Save; return what came of it, whatever that is."""
     try:
+        _map_slabs(memory, header, files)
+        with suppress(OSError):
+            os.chdir(header["folder"] or "/")
         request, state = load_state(message, header["main"])
         metadata = save_staged(request, lambda: state, RelayedCoordinator(channel, header))
         index = getattr(metadata, "_index", None)
-        return "done", (metadata if index is None else index_of(metadata))
-    except (EOFError, ConnectionError):
+        return pickle.dumps(("done", metadata if index is None else index_of(metadata)))
+    except LostPeerError:
         raise
     except BaseException as error:  # noqa: BLE001  raised in the other process
-        return "failed", portable(error)
+        answer = pickle.dumps(("failed", portable(error)))
+        let_go(error)
+        return answer
+
+
+def _map_slabs(
+    memory: dict[int, npt.NDArray[np.uint8]], header: Mapping[str, Any], files: Sequence[int]
+) -> None:
+    for number in set(memory) - set(header["kept"]):
+        del memory[number]
+    try:
+        for (number, size), file in zip(header["new"], files, strict=True):
+            memory[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
+    finally:
+        for file in files:
+            os.close(file)
 
 
 class _Group:
