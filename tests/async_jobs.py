@@ -13,17 +13,19 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import shardpoint.dcp as dcp
-from dcp_states import blank, build, differences
+from dcp_states import blank, build, differences, values
 from shardpoint.dcp import _async_process
 from shardpoint.dcp.staging import DefaultStager, StagingOptions
 from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from shardpoint.storage.local import LocalStorage
 
-THREAD, PROCESS = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
+FORMS = THREAD, PROCESS = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
 
 
 class Trouble(Exception):
@@ -94,6 +96,65 @@ def all_kinds(folder: str, cases: list[tuple[str, str, str]]) -> dict[str, list[
         f"{kind} {form} {stager}": save_scramble_load(f"{folder}/{number}", kind, form, stager)
         for number, (kind, form, stager) in enumerate(cases)
     }
+
+
+Layout = tuple[tuple[int, ...], str, tuple[int, ...], tuple[int | None, ...]]
+"""Shape, dtype, shape of the mesh, and for each of its axes the axis it splits, if any."""
+
+
+def drawn_state(layouts: list[Layout], *, is_blank: bool) -> dict[str, Any]:
+    """Build DTensors of these layouts, with values that depend on their keys alone or with none."""
+    state: dict[str, Any] = {"rank": {str(dist.get_rank()): [dist.get_rank(), "own"]}}
+    for number, (shape, dtype, mesh_shape, axes) in enumerate(layouts):
+        whole = values(f"drawn {number}", *shape, dtype=getattr(torch, dtype))
+        mesh = dist.device_mesh.init_device_mesh("cpu", mesh_shape)
+        placements = [Replicate() if axis is None else Shard(axis) for axis in axes]
+        tensor = distribute_tensor(torch.zeros_like(whole) if is_blank else whole, mesh, placements)
+        state[f"tensor {number}"] = tensor
+        state[f"whole {number}"] = torch.zeros_like(whole) if is_blank else whole.clone()
+    if is_blank:
+        state["rank"] = {str(dist.get_rank()): None}
+    return state
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """A tensor's shape and dtype, and how four ranks share it."""
+    shape = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
+    mesh = draw(st.sampled_from([(4,), (2, 2)]))
+    axis = st.none() | st.integers(0, len(shape) - 1)
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "int64", "uint8", "complex64"]))
+    return shape, dtype, mesh, tuple(draw(axis) for _ in mesh)
+
+
+def any_states(folder: str) -> list[str]:
+    """Save drawn states, change all of each at once, load: what is not as it was.
+
+    Every rank draws the same states, because they follow from this function's code, and none
+    stops at a failure, which would keep the others waiting.
+    """
+    found: list[str] = []
+
+    @settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn=st.lists(layouts(), min_size=1, max_size=6), form=st.sampled_from(FORMS))
+    def check(drawn: list[Layout], form: AsyncCheckpointerType) -> None:
+        state = drawn_state(drawn, is_blank=False)
+        future = dcp.async_save(state, checkpoint_id=folder, async_checkpointer_type=form)
+        scramble(state)
+        future.result()
+        loaded = drawn_state(drawn, is_blank=True)
+        dcp.load(loaded, checkpoint_id=folder)
+        found.extend(differences(loaded, drawn_state(drawn, is_blank=False)))
+
+    check()
+    return found
 
 
 def caught(action: Callable[[], Any]) -> str:

@@ -52,6 +52,13 @@ def test_four_ranks_save_what_was_there_before_the_change(
         assert found == {" ".join(case): [] for case in FOUR_RANK_CASES}
 
 
+def test_any_state_of_four_ranks_is_saved_as_it_was_before_the_change(
+    tmp_path: Path, own_pool: RankPool
+) -> None:
+    for found in own_pool.run(4, async_jobs.any_states, str(tmp_path)):
+        assert found == []
+
+
 @st.composite
 def states(draw: st.DrawFn) -> dict[str, Any]:
     """Nested states whose tensors overlap, have holes, are empty, or lie at odd places."""
