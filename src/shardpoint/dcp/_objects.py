@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardpoint.dcp._safe_globals import with_safe_globals
 from shardpoint.dcp._tensors import dtype_of_array, wrap
 from shardpoint.dtypes import DType
 from shardpoint.engine.objects import read_object_records, read_objects
@@ -79,7 +80,8 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
     Raises
     ------
     ForbiddenContentError
-        If it holds a class that is neither on the closed list nor `allowed`.
+        If it holds a class that is neither on the closed list nor `allowed`, nor among torch's
+        safe globals.
     CorruptionError, FormatError
         If it is damaged.
     """
@@ -92,7 +94,7 @@ def read_object(stream: io.BytesIO, *, key: str, allowed: Mapping[str, Callable[
         load_storage=load_storage,
         source=f"key {key!r}",
         factory=TorchFactory(),
-        allowed=allowed,
+        allowed=with_safe_globals(allowed),
     )
 
 
@@ -111,13 +113,20 @@ def stored_objects(
     Raises
     ------
     ForbiddenContentError
-        If one holds a class that is neither on the closed list nor `allowed`.
+        If one holds a class that is neither on the closed list nor `allowed`, nor among
+        torch's safe globals.
     CorruptionError, FormatError
         If one is damaged.
     """
     given = index.objects.values
     for row, value in read_objects(
-        index, storage, rows, factory=factory, allowed=allowed, verify=verify, finder=finder
+        index,
+        storage,
+        rows,
+        factory=factory,
+        allowed=with_safe_globals(allowed),
+        verify=verify,
+        finder=finder,
     ):
         yield row, _to_torch(value) if index.objects.keys[row] in given else value
 

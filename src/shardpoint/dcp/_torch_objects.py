@@ -15,6 +15,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from shardpoint.dcp import metadata, planner
 from shardpoint.dcp._lazy_list import LazyList
 
@@ -36,6 +38,13 @@ _NAMES = {
 # What planners and storage add is theirs, and nobody else's to understand.
 _OPAQUE = {"Metadata": {"planner_data"}, "SavePlan": {"storage_data", "planner_data"}}
 _OPAQUE["LoadPlan"] = _OPAQUE["SavePlan"]
+
+_LEAVES = frozenset(
+    [
+        *(type(None), bool, int, str, torch.Size),
+        *(torch.dtype, torch.layout, torch.memory_format),
+    ]
+)
 
 
 def ours(value: Any) -> Any:
@@ -88,6 +97,8 @@ class _Translation:
 
     def __call__(self, value: Any) -> Any:
         kind = type(value)
+        if kind in _LEAVES:
+            return value
         made = self._targets.get(kind)
         if made is None:
             return self._inside(kind, value)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardpoint.dcp._classes import tell_of_classes
 from shardpoint.dcp._layouts import find_local, is_checkpointable
 from shardpoint.dcp._objects import object_pickle
 from shardpoint.dcp._records import record_of, uses_default_lookup
@@ -69,9 +70,13 @@ def prepare_records(
     """
     axes = columns.sizes.shape[1]
     strides = row_major(columns.sizes, columns.ndim)
+    is_object = columns.kind == OBJECT
     if not uses_default_lookup(planner):
-        made = [record_of(planner, item, keep=False) for item in items]
-        return PreparedRecords([record for record, _ in made], strides)
+        made = [record_of(planner, item, keep=False)[0] for item in items]
+        tell_of_classes(
+            (columns.keys[row], made[row]) for row in np.flatnonzero(is_object).tolist()
+        )
+        return PreparedRecords(list(made), strides)
     state_dict: Mapping[str, Any] = planner.state_dict  # type: ignore[attr-defined]
     with torch.no_grad():  # a shard's local tensor is then had without a node of a graph
         records, variant_of, variants = _formed_records(columns, state_dict)
@@ -82,13 +87,16 @@ def prepare_records(
         planned = np.column_stack([columns.dtype, columns.ndim, columns.sizes])
         formed &= (found[:, : 2 + axes] == planned).all(axis=1)
         strides[formed] = found[formed, 2 + axes :]
-    is_object = columns.kind == OBJECT
+    asked: list[tuple[str, RecordSource]] = []
     for row in np.flatnonzero(~formed).tolist():
         if records[row] is None or not is_object[row]:
             record, own_strides = record_of(planner, items[row], keep=True)
             records[row] = record
+            if is_object[row]:
+                asked.append((columns.keys[row], record))
             if own_strides is not None:
                 strides[row, : len(own_strides)] = own_strides
+    tell_of_classes(asked)
     return PreparedRecords(cast("list[AnyRecord]", records), strides)
 
 

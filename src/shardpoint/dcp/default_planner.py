@@ -170,7 +170,8 @@ class DefaultLoadPlanner(LoadPlanner):
         (`NarrowingWarning`), ``"raise"`` or ``"allow"``.
     allowed
         Classes that objects may hold beyond the closed list, by qualified name; see
-        `shardpoint.open`.
+        `shardpoint.open`. What the program has told ``torch.serialization.add_safe_globals``
+        or ``safe_globals`` is allowed as well.
 
     Attributes
     ----------

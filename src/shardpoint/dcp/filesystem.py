@@ -23,6 +23,7 @@ from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace
 from shardpoint.dcp._forking import make_ready_for_threads
 from shardpoint.dcp._metadata_view import index_of, metadata_of, stored_index_of
 from shardpoint.dcp._reading import carry_out
+from shardpoint.dcp._safe_globals import with_safe_globals
 from shardpoint.dcp._write_files import RowWriter
 from shardpoint.dcp._write_images import without_repeated_keys
 from shardpoint.dcp._write_items import columns_of
@@ -427,7 +428,7 @@ class FileSystemReader(StoragePlace, StorageReader):
         return open_index(
             self.path if is_known(self.fs) else self.storage,
             prefer_rank=rank,
-            allowed=self.allowed,
+            allowed=with_safe_globals(self.allowed),
             options=getattr(self.fs, "options", None),
         )
 

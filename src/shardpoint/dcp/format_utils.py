@@ -15,6 +15,7 @@ from shardpoint.convert import to_checkpoint, to_torch_save
 from shardpoint.dcp._broadcasting import broadcast_tensors
 from shardpoint.dcp._layouts import shape_and_dtype
 from shardpoint.dcp._process_group import coordinator_for
+from shardpoint.dcp._safe_globals import with_safe_globals
 from shardpoint.dcp.default_planner import DefaultLoadPlanner
 from shardpoint.dcp.metadata import (
     STATE_DICT_TYPE,
@@ -56,7 +57,7 @@ def dcp_to_torch_save(
     allowed
         Classes that objects may hold beyond the closed list; see `shardpoint.open`.
     """
-    to_torch_save(dcp_checkpoint_dir, torch_save_path, allowed=allowed)
+    to_torch_save(dcp_checkpoint_dir, torch_save_path, allowed=with_safe_globals(allowed))
 
 
 def torch_save_to_dcp(
@@ -79,7 +80,7 @@ def torch_save_to_dcp(
     allowed
         Classes that the file may hold beyond the closed list.
     """
-    to_checkpoint(torch_save_path, dcp_checkpoint_dir, allowed=allowed)
+    to_checkpoint(torch_save_path, dcp_checkpoint_dir, allowed=with_safe_globals(allowed))
 
 
 class BroadcastingTorchSaveReader(StorageReader):

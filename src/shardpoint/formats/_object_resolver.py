@@ -37,7 +37,7 @@ from shardpoint.formats._tensor_pickles import (
     rebuild,
 )
 
-__all__ = ["ObjectResolver", "TensorMaker"]
+__all__ = ["ObjectResolver", "TensorMaker", "is_listed"]
 
 TensorMaker: TypeAlias = Callable[[TensorDescription, StorageReference], Any]
 
@@ -97,6 +97,14 @@ _DEVICE = re.compile("[A-Za-z0-9_]+(?::[0-9]{1,3})?")
 # Known functions of torch's list that make kinds of tensors which are not decoded.
 _KNOWN_PREFIX = "torch._utils._rebuild_"
 _TOKENS = (Call, _TorchCall, _Allowed, StorageType, StorageReference, TensorClass, type(NDARRAY))
+
+
+def is_listed(qualified: str) -> bool:
+    """Whether a dotted name is on the closed lists; such a one need not be allowed."""
+    module, _, name = qualified.rpartition(".")
+    return f"{canonical_module(module)}.{name}" in _CLOSED or (
+        module == "torch" and (name in _DTYPE_NAMES or name in _MEMORY_FORMATS)
+    )
 
 
 class ObjectResolver:
