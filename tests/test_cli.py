@@ -395,6 +395,22 @@ def test_tables_fit_a_terminal_and_lose_nothing(monkeypatch: pytest.MonkeyPatch)
     assert table.count("x") == 100
 
 
+@pytest.mark.parametrize("width", [80, 250])
+def test_chunks_are_not_torn_in_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = use_terminal(monkeypatch, width)
+    info = shardpoint.open(SHARDED).info("s0_s1")
+    assert isinstance(info, shardpoint.TensorInfo)
+    assert run("info", SHARDED, "s0_s1") == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert ("chunk at" in shown) == (width == 80)
+    for chunk in info.chunks:
+        facts = (chunk.file, f"{chunk.record_offset:,}", f"{chunk.record_length:,}")
+        assert all(fact in shown for fact in (*facts, str(list(chunk.offsets)))), facts
+
+
 def test_long_listings_are_plain_on_a_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = use_terminal(monkeypatch, 60)
     write_safetensors(Path("many.safetensors"), [f"key.{i}" for i in range(1500)])

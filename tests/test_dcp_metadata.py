@@ -365,6 +365,19 @@ def test_unset_fields_of_newer_releases_are_ignored() -> None:
     assert tensors_of(read_metadata(data, file=".metadata"))["w"]["shape"] == [2, 3]
 
 
+def test_fields_of_storage_meta_that_are_not_known_are_kept(tmp_path: Path) -> None:
+    dcp = pytest.importorskip("shardpoint.dcp")
+    dcp.save({"n": 5}, checkpoint_id=tmp_path, no_dist=True)
+    metadata = tmp_path / ".metadata"
+    metadata.write_bytes(metadata.read_bytes().replace(b"save_id", b"newer__"))
+    state = {"n": 0}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    assert state == {"n": 5}
+    meta = dcp.FileSystemReader(tmp_path).read_metadata().storage_meta
+    assert meta.save_id is None
+    assert len(meta.newer__) == 32
+
+
 def test_classes_of_older_checkpoints_are_read() -> None:
     data = pickle.dumps(torch_metadata(), 2)
     old = data.replace(

@@ -227,6 +227,18 @@ def test_a_missing_and_a_short_file_are_reported(tmp_path: Path) -> None:
     assert {problem.file for problem in report.problems} == set(index.files)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_missing_file_of_empty_tensors_is_reported(tmp_path: Path, quick: bool) -> None:
+    arrays = {"empty": np.zeros((0, 3), np.float32)}
+    index = save(LocalStorage(tmp_path), arrays, grid("empty", (0, 3), [[], []]))
+    commit(tmp_path, index)
+    assert shardpoint.open(tmp_path).verify(quick=quick).ok
+    (tmp_path / index.files[0]).unlink()
+    (problem,) = shardpoint.open(tmp_path).verify(quick=quick).problems
+    assert problem.file == index.files[0]
+    assert "missing" in problem.message
+
+
 def test_an_index_with_false_places_is_reported(tmp_path: Path) -> None:
     """Its checksums are right, but not where it says the elements are."""
     index = make(tmp_path)
@@ -327,15 +339,28 @@ def test_a_changed_metadata_file_is_reported_and_another_save_is_not(tmp_path: P
     assert metadata.read_bytes() != whole
     report = shardpoint.open(tmp_path).verify(quick=True)
     assert [problem.file for problem in report.problems] == [".metadata"]
-    # What other software saves has another save_id.
     assert index.storage_meta is not None
-    other = {**index.storage_meta, "save_id": "that save"}
+    save_id = index.storage_meta["save_id"].encode()
+    for found, wanted in ((save_id, save_id.swapcase()), (b"save_id", b"cave_id")):
+        metadata.write_bytes(whole.replace(found, wanted))
+        (problem,) = shardpoint.open(tmp_path).verify(quick=True).problems
+        assert problem.file == ".metadata"
+        assert file.name in problem.message
+    # What other software saves has another save_id.
+    other = {**index.storage_meta, "save_id": "the save of another"}
     metadata.write_bytes(write_metadata(dataclasses.replace(index, storage_meta=other)))
     report = shardpoint.open(tmp_path).verify()
     assert report.ok, str(report)
     (note,) = report.notes
     assert file.name in note
     assert "note" in str(report)
+
+
+def test_an_index_of_no_bytes_is_said_to_be_cut(tmp_path: Path) -> None:
+    make(tmp_path)
+    index_file(tmp_path).write_bytes(b"")
+    with pytest.warns(ShardpointWarning, match="it has 0 bytes"):
+        shardpoint.open(tmp_path)
 
 
 def test_left_indexes_are_told_of(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ _SOURCES = {
     "torch": "torch.save",
 }
 _NOTHING = "-"
+_GAP = 3  # between two columns of rich's table
+_FOLDING = ("key", "file", "shape")  # columns that may take several lines; numbers stay whole
 _MOST_RICH_ROWS = 1000  # rich takes about a millisecond a row: a listing may have 100,000
 
 
@@ -172,7 +174,22 @@ class ConsoleOutput:
             *("offsets", "sizes", "file", "first byte", "bytes"),
             *("elements at", "their CRC-32", "record's CRC-32", "stored as"),
         )
-        self._table(columns, rows, right=("first byte", "bytes", "elements at"))
+        width = sum(_widths(columns, rows)) + _GAP * len(columns)
+        is_few = len(rows) <= _MOST_RICH_ROWS
+        if self._console.is_terminal and is_few and width > self._console.width:
+            self._narrow_chunks(rows)
+        else:
+            self._table(columns, rows, right=("first byte", "bytes", "elements at"))
+
+    def _narrow_chunks(self, rows: Sequence[Sequence[str]]) -> None:
+        """Write some short lines for each chunk: nine columns in 80 would be torn to pieces."""
+        for offsets, sizes, file, first, nbytes, elements, theirs, records, transforms in rows:
+            self._line(f"\nchunk at {offsets} of {sizes}", style="bold")
+            self._fields(
+                ("  record", f"{file}, byte {first}, {nbytes} bytes, CRC-32 {records}"),
+                ("  elements", f"at byte {elements}, CRC-32 {theirs}"),
+                ("  stored as", "plain bytes" if transforms == _NOTHING else transforms),
+            )
 
     def _problem(self, problem: Problem) -> None:
         where = [
@@ -201,7 +218,12 @@ class ConsoleOutput:
             return
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for name in columns:
-            table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+            table.add_column(
+                name,
+                justify="right" if name in right else "left",
+                overflow="fold",
+                no_wrap=name not in _FOLDING,
+            )
         for row in rows:
             table.add_row(*map(Text, row))
         self._console.print(table)
@@ -209,7 +231,7 @@ class ConsoleOutput:
     def _plain_table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str]
     ) -> None:
-        widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+        widths = _widths(columns, rows)
         for row in (columns, *rows):
             cells = [
                 " " * (width - cell_len(cell)) + cell
@@ -218,6 +240,10 @@ class ConsoleOutput:
                 for name, cell, width in zip(columns, row, widths, strict=True)
             ]
             self._stream.write("  ".join(cells).rstrip() + "\n")
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
 
 
 def _checksum_text(checksum: int | None) -> str:

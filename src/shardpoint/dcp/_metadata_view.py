@@ -88,19 +88,26 @@ def metadata_of(index: CheckpointIndex, storage_info: Callable[..., Any] | None)
 
     `storage_info` makes the entries of `storage_data`; None where nothing is written yet.
     """
-    meta = index.storage_meta
     metadata = Metadata(
         state_dict_metadata=_View(lambda: _state_dict_metadata(index)),
         planner_data=_planner_data(index),
         storage_data=None
         if storage_info is None
         else _View(lambda: _storage_data(index, storage_info)),
-        storage_meta=None if meta is None else StorageMeta(**meta),
+        storage_meta=_storage_meta(index.storage_meta),
         version=index.version,
     )
     metadata._index = index  # type: ignore[attr-defined]
     metadata._storage_info = storage_info  # type: ignore[attr-defined]
     return metadata
+
+
+def _storage_meta(fields: Mapping[str, Any] | None) -> StorageMeta | None:
+    if fields is None:
+        return None
+    meta = StorageMeta()
+    vars(meta).update(fields)  # as unpickling does: a later release may have more of them
+    return meta
 
 
 def _state_dict_metadata(index: CheckpointIndex) -> dict[str, STORAGE_TYPES]:

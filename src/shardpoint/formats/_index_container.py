@@ -119,9 +119,12 @@ def read_container(data: memoryview, *, file: str) -> Container:
     body = data[:-_CHECKSUM_BYTES]
     wanted = int.from_bytes(data[-_CHECKSUM_BYTES:], "little")
     found = crc32(body)
-    if len(data) <= 8 + _CHECKSUM_BYTES or found != wanted:
+    is_cut = len(data) <= 8 + _CHECKSUM_BYTES
+    if is_cut or found != wanted:
         message = (
-            f"the index is damaged: the CRC-32 of its {len(data)} bytes should be "
+            f"the index is damaged: it has {len(data)} bytes, too few to be one"
+            if is_cut
+            else f"the index is damaged: the CRC-32 of its {len(data)} bytes should be "
             f"{wanted:#010x}, it is {found:#010x}"
         )
         raise CorruptionError(str(Problem(message, file=file)))

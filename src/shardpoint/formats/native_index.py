@@ -24,6 +24,7 @@ __all__ = [
     "read_index",
     "read_save_id",
     "stamp_of",
+    "with_save_id",
     "write_index",
 ]
 
@@ -39,6 +40,11 @@ def index_name(stamp: MetadataStamp) -> str:
     '.shardpoint-cbf43926.index'
     """
     return f".shardpoint-{stamp.checksum:08x}.index"
+
+
+def with_save_id(metadata: bytes, found: str, wanted: str) -> bytes:
+    """Return a ``.metadata`` with another number of its save in the place of the one it has."""
+    return metadata.replace(found.encode(), wanted.encode())
 
 
 def is_index_name(name: str) -> bool:

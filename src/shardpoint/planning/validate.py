@@ -70,7 +70,8 @@ def find_problems(
         found += _record_spans(index, stored if rows is None else chunk_rows, sizes)
         found += _payload_spans(index, chunk_rows, sizes)
         last += _objects(index, sizes) if rows is None else []
-        last += _missing_files(index, chunk_rows, sizes, with_objects=rows is None)
+        needed = stored if rows is None else chunk_rows
+        last += _missing_files(index, needed, sizes, with_objects=rows is None)
     found.sort(key=lambda item: item[0])
     return [*(problem for _, problem in found), *last]
 

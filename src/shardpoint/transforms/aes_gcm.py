@@ -196,7 +196,8 @@ class AesGcmWithoutKey:
         raise origin.not_supported(
             "it is encrypted with AES-GCM and no key was given: open it with "
             "transforms=[shardpoint.transforms.AesGcm(key)], or load it with an extension "
-            "registry in which shardpoint.dcp.extension.AesGcm(key) is registered"
+            "registry in which shardpoint.dcp.extension.AesGcm(key) is registered, or give the "
+            "command --key-file FILE"
         )
 
 

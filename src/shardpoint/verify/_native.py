@@ -11,7 +11,13 @@ import numpy.typing as npt
 from shardpoint.engine.opening import read_native, read_stamp
 from shardpoint.errors import Problem, ShardpointError
 from shardpoint.formats.dcp_metadata import read_metadata
-from shardpoint.formats.native_index import index_name, is_index_name, read_save_id
+from shardpoint.formats.native_index import (
+    index_name,
+    is_index_name,
+    read_save_id,
+    stamp_of,
+    with_save_id,
+)
 from shardpoint.index import CheckpointIndex, Chunks, Objects
 from shardpoint.storage import Storage
 from shardpoint.verify._report import problem_of
@@ -69,15 +75,12 @@ def _check_all(
                 file.read_into(0, [memoryview(data)])
             described = read_metadata(data, file=_METADATA)
             result.problems += _differences(native, described, own)
+    others = [name for name in names if name != own]
+    if others and own not in names and data is None:
+        data = bytearray(storage.read(_METADATA))
     save_id = (index.storage_meta or {}).get("save_id")
-    for name in names:
-        if name == own:
-            continue
-        try:
-            is_same_save = read_save_id(memoryview(storage.read(name)), file=name) == save_id
-        except ShardpointError:
-            is_same_save = False
-        if is_same_save and save_id is not None and own not in names:
+    for name in others:
+        if own not in names and _is_of_same_save(storage, name, bytes(data or b""), save_id):
             message = (
                 f"the metadata has been changed since it was written: wanted the bytes that "
                 f"{name!r} was made for, found {stamp.size} bytes with CRC-32 "
@@ -89,6 +92,26 @@ def _check_all(
                 f"{name!r} belongs to another save: other software has saved here since, or a "
                 "save was broken off; it is not used"
             )
+
+
+def _is_of_same_save(storage: Storage, name: str, metadata: bytes, save_id: object) -> bool:
+    """Whether an index that does not go with ``.metadata`` was made for what that was once.
+
+    Then the number of the save that the index has is somewhere in the file, even if that cannot
+    be read as it was; or only that number was changed, and with the index's own in its place the
+    metadata are those that the index is named after.
+    """
+    try:
+        wanted = read_save_id(memoryview(storage.read(name)), file=name)
+    except ShardpointError:
+        return False
+    if not wanted:
+        return False
+    if wanted.encode() in metadata:
+        return True
+    if not isinstance(save_id, str) or not save_id:
+        return False
+    return index_name(stamp_of(with_save_id(metadata, save_id, wanted))) == name
 
 
 def _differences(native: CheckpointIndex, described: CheckpointIndex, name: str) -> list[Problem]:
