@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import async_jobs
+import shardpoint
 import shardpoint.dcp as dcp
 from async_jobs import PROCESS
 from dcp_states import KINDS, values
 from ranks import RankPool
 from shardpoint.dcp import _async_process
 from shardpoint.dcp._saver_channel import load_state
+from shardpoint.dcp.format_utils import dcp_to_torch_save
 from shardpoint.dcp.staging import DefaultStager
 from shardpoint.dcp.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from shardpoint.errors import NotSupportedError, PlanError
@@ -247,6 +249,47 @@ def test_load_waits_for_a_save_to_the_same_place_only(
         gate.opened.set()
         load.result()
     assert target["x"].tolist() == [5, 5]
+
+
+def _read_metadata(place: str) -> Any:
+    return dcp.FileSystemReader(place).read_metadata()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [shardpoint.open, _read_metadata, lambda place: dcp_to_torch_save(place, f"{place}.pt")],
+    ids=["open", "reader", "convert"],
+)
+def test_whatever_reads_waits_for_a_save_to_the_same_place(
+    tmp_path: Path, read: Callable[[str], Any]
+) -> None:
+    with Gate() as gate:
+        dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "new")
+        assert gate.reached.wait(30)
+        reading = in_thread(lambda: read(str(tmp_path / "new")))
+        time.sleep(0.05)
+        assert not reading.done()
+        gate.opened.set()
+        reading.result()
+
+
+def test_a_save_that_looks_at_its_own_place_does_not_wait_for_itself(tmp_path: Path) -> None:
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path)
+
+    class Adding(dcp.DefaultSavePlanner):
+        """Adds what the checkpoint before has to what is saved."""
+
+        def set_up_planner(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+            with shardpoint.open(tmp_path) as before:
+                state_dict["x"] += torch.from_numpy(before["x"])
+            super().set_up_planner(state_dict, *args, **kwargs)
+
+    future: Any = dcp.async_save(
+        {"x": torch.full((2,), 4.0)}, checkpoint_id=tmp_path, planner=Adding()
+    )
+    future.result(30)
+    with shardpoint.open(tmp_path) as checkpoint:
+        assert checkpoint["x"].tolist() == [5, 5]
 
 
 def test_save_cannot_be_cancelled(tmp_path: Path) -> None:

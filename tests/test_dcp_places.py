@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import uuid
 import warnings
@@ -26,7 +27,7 @@ from shardpoint.dcp._file_system_storage import FileSystemStorage
 from shardpoint.dcp.extension import ZStandard
 from shardpoint.dcp.filesystem import FileSystem, FileSystemBase
 from shardpoint.dcp.format_utils import dcp_to_torch_save
-from shardpoint.errors import CheckpointExistsError
+from shardpoint.errors import CheckpointExistsError, PlanError
 from shardpoint.storage import LocalStorage, Storage, storage_at
 from storage_conformance import StorageConformance
 
@@ -380,3 +381,80 @@ class TestFileSystemStorage(StorageConformance):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
         return FileSystemStorage(TheirFileSystem(), tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("place", [b"folder", 5, 0, ["a"], Path])
+def test_what_is_no_place_is_said_clearly(place: Any) -> None:
+    future: Any = ours.async_save({"a": torch.ones(1)}, checkpoint_id=place)
+    for act in (
+        lambda: ours.save({"a": torch.ones(1)}, checkpoint_id=place),
+        lambda: ours.load({"a": torch.ones(1)}, checkpoint_id=place),
+        future.result,
+    ):
+        with pytest.raises(ours.CheckpointException, match="lies at a path or URL") as caught:
+            act()
+        assert isinstance(caught.value.causes[0], PlanError)
+    for make in (ours.FileSystemReader, ours.FileSystemWriter):
+        with pytest.raises(PlanError, match="lies at a path or URL"):
+            make(place)
+    assert os.listdir() == []
+
+
+class ByNumber(ours.StorageReader):
+    """Storage whose checkpoints have numbers, as torch's documentation allows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = ours.FileSystemReader(folder)
+        self.folder = folder
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        if checkpoint_id is not None:
+            self.reader.reset(self.folder / str(checkpoint_id))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> ours.Metadata:
+        return self.reader.read_metadata(*args, **kwargs)
+
+    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
+        self.reader.set_up_storage_reader(*args, **kwargs)
+
+    def prepare_local_plan(self, plan: ours.LoadPlan) -> ours.LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[ours.LoadPlan]) -> list[ours.LoadPlan]:
+        return plans
+
+    def read_data(self, plan: ours.LoadPlan, planner: ours.LoadPlanner) -> Any:
+        return self.reader.read_data(plan, planner)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return isinstance(checkpoint_id, int)
+
+
+def test_storage_of_a_programs_own_has_keys_of_any_kind(tmp_path: Path) -> None:
+    ours.async_save({"a": torch.ones(1)}, checkpoint_id=tmp_path / "7").result()  # type: ignore[union-attr]
+    target: dict[str, Any] = {"a": torch.zeros(1)}
+    ours.load(target, storage_reader=ByNumber(tmp_path), checkpoint_id=7)  # type: ignore[arg-type]
+    assert target["a"] == 1
+
+
+def test_dots_in_a_url_are_the_stores_own_matter(memory_url: str) -> None:
+    """As with torch and fsspec, whose memory keeps them as they are, and so do object stores."""
+    url = memory_url
+    their_save({"a": torch.ones(1)}, TheirWriter(f"{url}/a/../b"))
+    target = {"a": torch.zeros(1)}
+    ours.load(target, checkpoint_id=f"{url}/a/../b")
+    assert target["a"] == 1
+    with pytest.raises(ours.CheckpointException, match="no checkpoint"):
+        ours.load(target, checkpoint_id=f"{url}/b")
+    ours.save({"a": torch.full((1,), 2.0)}, checkpoint_id=f"{url}/c/../b")
+    their_load(target, TheirReader(f"{url}/c/../b"))
+    assert target["a"] == 2
+
+
+def test_dots_in_a_path_are_the_file_systems_matter(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    ours.save({"a": torch.ones(1)}, checkpoint_id=f"file://{tmp_path}/a/../b")
+    target = {"a": torch.zeros(1)}
+    ours.load(target, checkpoint_id=tmp_path / "b")
+    assert target["a"] == 1

@@ -25,6 +25,7 @@ from shardpoint.engine.executor import default_threads
 from shardpoint.engine.objects import read_objects
 from shardpoint.engine.opening import noticing_replacement, open_index
 from shardpoint.engine.reading import ReadRequest, read_tensors
+from shardpoint.engine.unfinished import wait_until_written
 from shardpoint.errors import CheckpointKeyError, FormatError, PlanError, StorageError
 from shardpoint.formats.allowing import check_allowed
 from shardpoint.formats.object_decoder import NumpyFactory
@@ -57,6 +58,8 @@ def open(  # the module that needs the builtin is storage, not this one
     transforms: Iterable[Transform] = (),
 ) -> Checkpoint:
     """Open a checkpoint for reading, without torch. Reads the index only.
+
+    One that `shardpoint.dcp.async_save` of this process is still writing is waited for.
 
     Parameters
     ----------
@@ -93,6 +96,7 @@ def open(  # the module that needs the builtin is storage, not this one
     if allowed is not None:
         check_allowed(allowed)
     added = checked_transforms(transforms)
+    wait_until_written(path)
     index, storage = open_index(path, allowed=allowed)
     return Checkpoint(
         index,

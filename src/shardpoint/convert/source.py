@@ -15,6 +15,7 @@ from shardpoint.engine.executor import default_threads
 from shardpoint.engine.objects import read_objects
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import ReadRequest, read_tensors
+from shardpoint.engine.unfinished import wait_until_written
 from shardpoint.formats.value_pickling import TensorKeepingFactory
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import Storage
@@ -56,6 +57,7 @@ class Source:
         self._allowed = allowed or {}
         self._finder = Transforms(tuple(transforms))
         self._factory = TensorKeepingFactory()
+        wait_until_written(place)
         self.index, self.storage = open_index(place, allowed=self._allowed, factory=self._factory)
 
     @property

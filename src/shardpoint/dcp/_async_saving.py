@@ -83,7 +83,7 @@ class SaveRequest:
         writer = self.storage_writer
         if writer is not None and not (isinstance(writer, StoragePlace) and is_known(writer.fs)):
             return self  # what its places are only the program knows
-        path = None if not self.place else local_path(os.fspath(self.place))
+        path = local_path(self.place) if self.place else None
         if path is None or os.path.isabs(path):
             return self
         try:
@@ -92,12 +92,14 @@ class SaveRequest:
             return self
 
     @property
-    def place(self) -> str | os.PathLike[str] | None:
-        """Where it saves to, if that can be known."""
-        if self.checkpoint_id is not None:
-            return self.checkpoint_id
-        place = getattr(self.storage_writer, "checkpoint_id", None)
-        return place if isinstance(place, str | os.PathLike) else None
+    def place(self) -> str | None:
+        """Where it saves to, if that can be known; the save complains of what is no place."""
+        place: object = self.checkpoint_id
+        if place is None:
+            place = getattr(self.storage_writer, "checkpoint_id", None)
+        if isinstance(place, os.PathLike):
+            place = os.fspath(place)
+        return place if isinstance(place, str) else None
 
 
 def start_save(

@@ -11,12 +11,38 @@ from pathlib import Path
 from typing import Any, cast
 
 from shardpoint.dcp._file_system_storage import FileSystemStorage
+from shardpoint.errors import PlanError
 from shardpoint.storage import Storage, storage_at
 from shardpoint.storage.places import is_url
 
-__all__ = ["FileSystem", "FileSystemBase", "StoragePlace", "is_known", "storage_of"]
+__all__ = [
+    "FileSystem",
+    "FileSystemBase",
+    "StoragePlace",
+    "is_known",
+    "place_text",
+    "storage_of",
+]
 
 PathLike = str | os.PathLike[str]
+
+
+def place_text(place: object) -> str:
+    """Return a path or URL as text.
+
+    Raises
+    ------
+    PlanError
+        If it is something else.
+    """
+    text = os.fspath(place) if isinstance(place, str | os.PathLike) else place
+    if isinstance(text, str):
+        return text
+    hint = "; os.fsdecode makes text of bytes" if isinstance(text, bytes) else ""
+    raise PlanError(
+        f"a checkpoint lies at a path or URL, a str or os.PathLike; {place!r:.80} is of type "
+        f"{type(place).__name__}{hint}"
+    )
 
 
 class FileSystemBase(ABC):
@@ -84,7 +110,7 @@ class FileSystem(FileSystemBase):
         return f"{text.rstrip('/')}/{suffix}" if is_url(text) else Path(path) / suffix
 
     def init_path(self, path: PathLike) -> PathLike:
-        return str(path) if is_url(os.fspath(path)) else Path(path)
+        return str(path) if is_url(place_text(path)) else Path(path)
 
     def rename(self, path: PathLike, new_path: PathLike) -> None:
         Path(path).rename(new_path)

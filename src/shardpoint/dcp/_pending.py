@@ -13,6 +13,7 @@ from typing import Any
 
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.metadata import Metadata
+from shardpoint.engine.unfinished import is_writer, register
 from shardpoint.errors import ShardpointError
 from shardpoint.storage.places import same_spelling
 
@@ -25,7 +26,6 @@ __all__ = [
     "place_of",
     "settle",
     "wait_at_exit",
-    "wait_for_place",
 ]
 
 
@@ -77,7 +77,8 @@ class PendingSave:
     def run(self, save: Callable[[], Metadata]) -> None:
         """Run the save in this thread and tell the future how it ended."""
         try:
-            metadata = save()
+            with is_writer():
+                metadata = save()
         except BaseException as error:  # noqa: BLE001  raised to whoever asks the future
             del save
             let_go(error)
@@ -103,12 +104,16 @@ _last: PendingSave | None = None
 _lock = threading.Lock()
 
 
-def place_of(checkpoint_id: str | os.PathLike[str] | None) -> str | None:
-    """Return one spelling of a place."""
-    return None if checkpoint_id is None else same_spelling(checkpoint_id)
+def place_of(checkpoint_id: object) -> str | None:
+    """Return one spelling of a place; None where it is no path or URL.
+
+    Storage of a program's own may have keys of any kind.
+    """
+    text = os.fspath(checkpoint_id) if isinstance(checkpoint_id, os.PathLike) else checkpoint_id
+    return same_spelling(text) if isinstance(text, str) else None
 
 
-def begin(place: str | os.PathLike[str] | None, save: Callable[[], Metadata]) -> PendingSave:
+def begin(place: str | None, save: Callable[[], Metadata]) -> PendingSave:
     """Run a save in a thread of its own, after the one that is under way, if any.
 
     The interpreter does not exit before it has ended.
@@ -183,14 +188,10 @@ def settle() -> None:
     raise ShardpointError(f"{step} failed: {failure}") from failure
 
 
-def wait_for_place(checkpoint_id: str | os.PathLike[str] | None) -> None:
+def _wait_for_place(place: str) -> None:
     """Wait for the save that is under way, if it is one to this place."""
     pending = _last
-    if (
-        pending is not None
-        and pending.place is not None
-        and pending.place == place_of(checkpoint_id)
-    ):
+    if pending is not None and pending.place == place:
         pending.wait()
 
 
@@ -236,5 +237,6 @@ def _forget() -> None:
     _last, _lock = None, threading.Lock()
 
 
+register(_wait_for_place)
 os.register_at_fork(after_in_child=_forget)
 at_exit(wait_at_exit)

@@ -24,6 +24,7 @@ _TO_TORCH: dict[int, torch.dtype] = {
     dtype.code: getattr(torch, dtype.name) for dtype in BY_CODE if hasattr(torch, dtype.name)
 }
 _FROM_TORCH: dict[torch.dtype, DType] = {t: BY_CODE[code] for code, t in _TO_TORCH.items()}
+_QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,7 +39,14 @@ def dtype_of(dtype: torch.dtype) -> DType:
     try:
         return _FROM_TORCH[dtype]
     except KeyError:
-        raise NotSupportedError(f"{dtype} has no plain elements that could be stored") from None
+        hint = (
+            ": save its int_repr() and, as objects, its scale and zero point"
+            if dtype in _QUANTIZED
+            else ""
+        )
+        raise NotSupportedError(
+            f"{dtype} has no plain elements that could be stored{hint}"
+        ) from None
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -19,7 +19,13 @@ from shardpoint.dcp._extensions import (
     RegistryFinder,
     check_extensions,
 )
-from shardpoint.dcp._file_system import FileSystem, FileSystemBase, StoragePlace, is_known
+from shardpoint.dcp._file_system import (
+    FileSystem,
+    FileSystemBase,
+    StoragePlace,
+    is_known,
+    place_text,
+)
 from shardpoint.dcp._forking import make_ready_for_threads
 from shardpoint.dcp._metadata_view import index_of, metadata_of, stored_index_of
 from shardpoint.dcp._reading import carry_out
@@ -43,6 +49,7 @@ from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.executor import default_threads
 from shardpoint.engine.opening import noticing_replacement, open_index
 from shardpoint.engine.reading import ReadStatistics
+from shardpoint.engine.unfinished import wait_until_written
 from shardpoint.errors import (
     CheckpointExistsError,
     FormatError,
@@ -74,7 +81,7 @@ CURRENT_DCP_VERSION = "1.0.0"
 
 def is_place(checkpoint_id: str | os.PathLike[str]) -> bool:
     """Whether this is a path, or a URL of a protocol that there is a file system for."""
-    text = os.fspath(checkpoint_id)
+    text = place_text(checkpoint_id)
     if not text or local_path(text) is not None:
         return bool(text)
     try:
@@ -415,6 +422,7 @@ class FileSystemReader(StoragePlace, StorageReader):
         return is_place(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        wait_until_written(self.path)
         with collection_paused():
             self._index, self.storage = self._open(kwargs.get("rank"))
         metadata = metadata_of(self._index, _StorageInfo)

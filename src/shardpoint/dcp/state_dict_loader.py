@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, agree, gather_scatter
-from shardpoint.dcp._pending import wait_for_place
+from shardpoint.dcp._file_system import place_text
 from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._signatures import accepted, takes
 from shardpoint.dcp._state import is_stateful
@@ -28,6 +28,7 @@ from shardpoint.dcp.filesystem import FileSystemReader
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
 from shardpoint.dcp.planner import LoadPlan, LoadPlanner
 from shardpoint.dcp.storage import StorageReader
+from shardpoint.engine.unfinished import wait_until_written
 from shardpoint.errors import PlanError
 
 __all__ = ["LoadReport", "load", "load_state_dict"]
@@ -171,13 +172,13 @@ def _reader(
     allowed: Mapping[str, Callable[..., Any]] | None = None,
 ) -> StorageReader:
     # one that this process is still writing is read when it is complete
-    wait_for_place(checkpoint_id or getattr(storage_reader, "checkpoint_id", None))
+    wait_until_written(checkpoint_id or getattr(storage_reader, "checkpoint_id", None))
     if storage_reader is not None:
         storage_reader.reset(checkpoint_id)
         return storage_reader
     if checkpoint_id is None:
         raise PlanError("load needs a checkpoint_id or a storage_reader")
-    if not os.fspath(checkpoint_id):
+    if not place_text(checkpoint_id):
         raise PlanError("there is no checkpoint at '': give a folder, a file or a URL")
     return FileSystemReader(checkpoint_id, allowed=allowed)
 

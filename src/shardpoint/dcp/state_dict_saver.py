@@ -26,6 +26,7 @@ from shardpoint.dcp._async_saving import (
     SaveRequest,
     start_save,
 )
+from shardpoint.dcp._file_system import place_text
 from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._pending import settle
 from shardpoint.dcp._process_group import Timeout, coordinator_for
@@ -232,7 +233,7 @@ def _writer(
         return storage_writer
     if checkpoint_id is None:
         raise PlanError("save needs a checkpoint_id or a storage_writer")
-    if not os.fspath(checkpoint_id):
+    if not place_text(checkpoint_id):
         raise PlanError("no checkpoint can be written to '': give a folder or a URL")
     return FileSystemWriter(checkpoint_id)
 
