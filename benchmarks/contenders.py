@@ -52,11 +52,14 @@ def save(contender: str, state: dict[str, Any], folder: Path, *, sync: bool, ran
 
 def load(
     contender: str, state: dict[str, Any], folder: Path, *, rank: int = 0, **options: Any
-) -> None:
-    """Load a whole state in place; tensors keep the memory that they have."""
+) -> Any:
+    """Load a whole state in place; tensors keep the memory that they have.
+
+    Returns what the library's own ``load`` does, if it has one: shardpoint's a report.
+    """
     if contender in LIBRARIES:
-        library(contender).load(state, checkpoint_id=folder, **options)
-    elif contender == "torch_checkpointing":
+        return library(contender).load(state, checkpoint_id=folder, **options)
+    if contender == "torch_checkpointing":
         with closing(_manager()) as manager:
             state.update(manager.load(str(folder), into={"state": state})["state"])
     elif contender == "safetensors":
@@ -67,6 +70,7 @@ def load(
                 tensor.copy_(file.get_tensor(key))
     else:
         raw.read(folder / f"raw{rank}", buffers_of(state))
+    return None
 
 
 def _manager() -> Any:

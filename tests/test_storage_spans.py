@@ -26,9 +26,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(
-    length=st.integers(1, 1500),
+    length=st.one_of(st.integers(1, 1500), st.integers(1501, 9000)),
     count=st.sampled_from([1, 63, 64, 500, 1024, 1025]),
-    step=st.integers(0, 2000),
+    step=st.one_of(st.integers(0, 2000), st.integers(2001, 70_000)),
     first=st.integers(0, 9000),
     is_plain=st.booleans(),
 )
@@ -41,7 +41,7 @@ def test_spans_are_those_of_the_file(
     into = bytearray(count * length)
     with pytest.MonkeyPatch.context() as patch, LocalStorage(place).open("f") as file:
         if is_plain:
-            patch.setattr(_gathering, "_pwritev", None)
+            patch.setattr(_gathering, "_process_vm_writev", None)
         assert isinstance(file, SpanReadable)
         file.read_spans(starts, length, memoryview(into))
     data = (place / "f").read_bytes()
@@ -49,19 +49,32 @@ def test_spans_are_those_of_the_file(
 
 
 def test_many_spans_take_few_calls(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    preadv = os.preadv
+    copy, calls = _gathering._process_vm_writev, []
+    assert copy is not None
 
-    def counting(descriptor: int, buffers: Any, offset: int) -> int:
-        calls.append(offset)
-        return preadv(descriptor, buffers, offset)
+    def counting(*arguments: Any) -> int:
+        calls.append(arguments)
+        return int(copy(*arguments))
 
-    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(_gathering, "_process_vm_writev", counting)
+    monkeypatch.setattr(os, "preadv", None)  # not called at all
     into = memoryview(bytearray(3000 * 100))
     with LocalStorage(place).open("f") as file:
         assert isinstance(file, SpanReadable)
         file.read_spans(np.arange(3000, dtype=np.int64) * 1000, 100, into)
     assert len(calls) == 3
+
+
+def test_where_the_system_refuses_the_spans_are_read_one_by_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_gathering, "_process_vm_writev", lambda *arguments: -1)
+    starts, into = np.arange(100, dtype=np.int64) * 1000, bytearray(100 * 100)
+    with LocalStorage(place).open("f") as file:
+        assert isinstance(file, SpanReadable)
+        file.read_spans(starts, 100, memoryview(into))
+    data = (place / "f").read_bytes()
+    assert into == b"".join(data[start : start + 100] for start in starts.tolist())
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])
