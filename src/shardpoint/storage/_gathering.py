@@ -2,9 +2,9 @@
 
 A call for every span costs more than a microsecond, ten times the copying of some hundred
 bytes. Copying out of a mapping costs no call, but a file that somebody cuts off meanwhile, or a
-failing disk, then ends the process. So the kernel copies: with one ``process_vm_writev`` the process
-writes a thousand spans of a mapping into its own memory. Of a page that is not there it says
-``EFAULT`` (process_vm_writev(2)).
+failing disk, then ends the process. So the kernel copies: with one ``process_vm_writev`` the
+process writes a thousand spans of a mapping into its own memory. Of a page that is not there
+it says ``EFAULT`` (process_vm_writev(2)).
 """
 
 from __future__ import annotations
