@@ -83,7 +83,8 @@ fuzz: $(READY)
 
 faults: $(READY)
 	SHARDPOINT_ALL_FAULTS=1 $(BIN)/python -m pytest -s -p no:cacheprovider \
-		tests/test_dcp_crashes.py tests/test_dcp_async_faults.py tests/test_dcp_integrity.py
+		tests/test_dcp_crashes.py tests/test_dcp_async_faults.py tests/test_dcp_integrity.py \
+		tests/test_hugging_face_crashes.py tests/test_hugging_face_journal.py
 
 compare-faults: $(READY)
 	@$(BIN)/python faults/compare.py

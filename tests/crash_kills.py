@@ -21,16 +21,13 @@ import torch.distributed as dist
 import shardpoint.dcp as dcp
 from crash_support import (
     LOOKS,
-    NOTHING,
-    STATES,
+    NATIVE,
     Failer,
+    Job,
     Killer,
     Through,
     Trace,
     interposed,
-    named_files,
-    save,
-    state_at,
 )
 
 __all__ = ["RETURNED", "Outcome", "fail_one_of_two", "kill_everywhere", "kill_one_of_two"]
@@ -64,59 +61,66 @@ class Outcome:
     raised: bool = False
 
 
-def kill_everywhere(folder: str, overwrite: bool, torn: bool, options: dict[str, Any]) -> Any:
+def kill_everywhere(
+    folder: str,
+    overwrite: bool,
+    torn: bool,
+    options: dict[str, Any],
+    job: Job = NATIVE,
+    skip: frozenset[str] = frozenset(),
+) -> Any:
     """Run saves that are killed at one call each; return the kinds of calls and the outcomes.
 
-    Runs in a worker process, which forks for every save: torch is imported already.
+    Runs in a worker process, which forks for every save: torch is imported already. Calls of
+    the kinds in `skip` are passed over.
     """
     _leave_group()
     path = Path(folder)
     trace = Trace()
-    _prepare(path / "traced", overwrite, options)
+    _prepare(job, path / "traced", overwrite, options)
     with interposed(trace):
-        save(path / "traced", STATES["new"], **options)
+        job.save(path / "traced", "new", options)
+    kinds = [call.kind for call in trace.calls if call.kind not in skip]
     outcomes = []
-    for number in range(len(trace.calls) + 1):
+    for number in range(len(kinds) + 1):
         place = path / f"{number}"
-        _prepare(place, overwrite, options)
-        killer = Killer(number, torn=torn)
-        child = _fork(lambda p=place, k=killer: _save_through(p, STATES["new"], options, k))
+        _prepare(job, place, overwrite, options)
+        killer = Killer(number, torn=torn, skip=skip)
+        child = _fork(lambda p=place, k=killer: _save_through(job, p, options, k))
         status = _wait(child)
-        outcomes.append(_outcome(place, number, _was_killed(status), options))
+        outcomes.append(_outcome(job, place, number, _was_killed(status), options))
         shutil.rmtree(place)
-    return [call.kind for call in trace.calls], outcomes
+    return kinds, outcomes
 
 
-def _prepare(place: Path, overwrite: bool, options: dict[str, Any]) -> None:
+def _prepare(job: Job, place: Path, overwrite: bool, options: dict[str, Any]) -> None:
     """Lay an old checkpoint there; it is copied, so that making it takes no time."""
     if not overwrite:
         return
     model = place.parent / "old"
     if not model.exists():
         with interposed(Trace()):
-            save(model, STATES["old"], **options)
+            job.save(model, "old", options)
     shutil.copytree(model, place)
 
 
-def _save_through(
-    place: Path, state: dict[str, Any], options: dict[str, Any], through: Through
-) -> None:
+def _save_through(job: Job, place: Path, options: dict[str, Any], through: Through) -> None:
     with interposed(through):
-        save(place, state, **options)
+        job.save(place, "new", options)
 
 
 def _outcome(
-    place: Path, number: int, killed: bool, options: dict[str, Any], raised: bool = False
+    job: Job, place: Path, number: int, killed: bool, options: dict[str, Any], raised: bool = False
 ) -> Outcome:
-    found = state_at(place, STATES)
+    found = job.found(place)
     with interposed(Trace()):
-        save(place, STATES["next"], **options)
+        job.save(place, "next", options)
     return Outcome(
         call=number,
         killed=killed,
         found=found,
-        found_next=state_at(place, STATES),
-        garbage=tuple(sorted({file.name for file in place.iterdir()} - named_files(place))),
+        found_next=job.found(place),
+        garbage=job.garbage(place),
         raised=raised,
     )
 
@@ -124,25 +128,41 @@ def _outcome(
 _TWO_RANKS_SKIP = LOOKS | {"close"}
 
 
-def kill_one_of_two(folder: str, victim: int, torn: bool, overwrite: bool) -> Any:
+def kill_one_of_two(
+    folder: str,
+    victim: int,
+    torn: bool,
+    overwrite: bool,
+    options: dict[str, Any] | None = None,
+    job: Job = NATIVE,
+    skip: frozenset[str] = _TWO_RANKS_SKIP,
+) -> Any:
     """As `kill_everywhere`, a save by two ranks of which one is killed."""
     _leave_group()
     path = Path(folder)
     outcomes = []
     for number in itertools.count():
         place = path / f"{number}"
-        killer = Killer(number, torn=torn, skip=_TWO_RANKS_SKIP)
-        statuses = _save_as_two(place, overwrite, victim, killer)
+        killer = Killer(number, torn=torn, skip=skip)
+        statuses = _save_as_two(job, place, overwrite, victim, killer, options or {})
         killed = _was_killed(statuses[victim])
         survivor = os.waitstatus_to_exitcode(statuses[1 - victim])
         assert survivor in (0, _RAISED), survivor
-        outcomes.append(_outcome(place, number, killed, {}, raised=survivor == _RAISED))
+        raised = survivor == _RAISED
+        outcomes.append(_outcome(job, place, number, killed, options or {}, raised=raised))
         if not killed:
             return outcomes
     raise AssertionError("not reached")
 
 
-def fail_one_of_two(folder: str, victim: int, mode: str, overwrite: bool) -> Any:
+def fail_one_of_two(
+    folder: str,
+    victim: int,
+    mode: str,
+    overwrite: bool,
+    options: dict[str, Any] | None = None,
+    job: Job = NATIVE,
+) -> Any:
     """Run saves by two ranks, of which one fails at one call each.
 
     Returns
@@ -156,12 +176,9 @@ def fail_one_of_two(folder: str, victim: int, mode: str, overwrite: bool) -> Any
     for number in itertools.count():
         place = path / f"{number}"
         failer = Failer(number, mode, skip=_TWO_RANKS_SKIP)
-        statuses = _save_as_two(place, overwrite, victim, failer)
+        statuses = _save_as_two(job, place, overwrite, victim, failer, options or {})
         codes = [os.waitstatus_to_exitcode(status) for status in statuses]
-        files = {file.name for file in place.iterdir()} if place.exists() else set()
-        state = state_at(place, STATES)
-        extra = files - (named_files(place) if state != NOTHING else set())
-        found.append((codes, state, tuple(sorted(extra))))
+        found.append((codes, job.found(place), job.garbage(place)))
         shutil.rmtree(place, ignore_errors=True)
         if codes[victim] == 0:
             return found
@@ -174,20 +191,25 @@ RETURNED = 5
 """The exit code of a rank whose save returned although a call failed."""
 
 
-def _save_as_two(place: Path, overwrite: bool, victim: int, through: Through) -> list[int]:
+def _save_as_two(
+    job: Job, place: Path, overwrite: bool, victim: int, through: Through, options: dict[str, Any]
+) -> list[int]:
     """Save from two forked ranks, one of them through `through`; return how they ended."""
-    _prepare(place, overwrite, {})
+    _prepare(job, place, overwrite, options)
     # Either rank may be the one to make the folder: each is to make the same calls every time.
     place.mkdir(exist_ok=True)
     store = place.with_suffix(".store")
+    throughs = [through if rank == victim else Trace() for rank in range(2)]
     children = [
-        _fork(lambda r=rank: _save_as_rank(place, store, r, through if r == victim else Trace()))
+        _fork(lambda r=rank: _save_as_rank(job, place, store, r, throughs[r], options))
         for rank in range(2)
     ]
     return [_wait(child) for child in children]
 
 
-def _save_as_rank(place: Path, store: Path, rank: int, through: Through) -> None:
+def _save_as_rank(
+    job: Job, place: Path, store: Path, rank: int, through: Through, options: dict[str, Any]
+) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -195,15 +217,11 @@ def _save_as_rank(place: Path, store: Path, rank: int, through: Through) -> None
         world_size=2,
         timeout=timedelta(seconds=20),
     )
-    state = STATES["new"]
-    mine = {"small": state["small"], "objects": state["objects"], "step": state["step"]}
-    if rank:
-        mine = {"large": state["large"], "half": state["half"], "small": state["small"]}
     threads = set(threading.enumerate())
     code = 0
     try:
         with interposed(through):
-            dcp.save(mine, checkpoint_id=place)
+            job.save_part(place, "new", rank, options)
     except dcp.CheckpointException:
         code = _RAISED
     else:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -23,10 +23,12 @@ from shardpoint.errors import CheckpointNotFoundError
 
 __all__ = [
     "LOOKS",
+    "NATIVE",
     "NOTHING",
     "STATES",
     "Call",
     "Failer",
+    "Job",
     "Killer",
     "Through",
     "Trace",
@@ -310,3 +312,44 @@ def named_files(folder: Path) -> set[str]:
 
 
 STATES = {"old": make_state(1), "new": make_state(2), "next": make_state(3)}
+
+
+class Job(Protocol):
+    """A kind of save that is killed or fails; its states are called old, new and next."""
+
+    def save(self, place: Path, name: str, options: dict[str, Any]) -> None:
+        """Save a state from this process alone."""
+
+    def save_part(self, place: Path, name: str, rank: int, options: dict[str, Any]) -> None:
+        """Save what one of two ranks has of a state."""
+
+    def found(self, place: Path) -> str:
+        """Return which state is there; see `state_at`."""
+
+    def garbage(self, place: Path) -> tuple[str, ...]:
+        """Return the files beyond those of the checkpoint that counts."""
+
+
+class _Native:
+    """Saves of torch's format."""
+
+    def save(self, place: Path, name: str, options: dict[str, Any]) -> None:
+        save(place, STATES[name], **options)
+
+    def save_part(self, place: Path, name: str, rank: int, options: dict[str, Any]) -> None:
+        state = STATES[name]
+        mine = {"small": state["small"], "objects": state["objects"], "step": state["step"]}
+        if rank:
+            mine = {"large": state["large"], "half": state["half"], "small": state["small"]}
+        dcp.save(mine, checkpoint_id=place, **options)
+
+    def found(self, place: Path) -> str:
+        return state_at(place, STATES)
+
+    def garbage(self, place: Path) -> tuple[str, ...]:
+        files = {file.name for file in place.iterdir()} if place.exists() else set()
+        named = named_files(place) if self.found(place) != NOTHING else set()
+        return tuple(sorted(files - named))
+
+
+NATIVE: Job = _Native()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
-from shardpoint.convert.placing import place_name, remove_quietly
 from shardpoint.convert.source import InOrder, Source, flat_bytes
+from shardpoint.engine.replacing import begin_replacement
 from shardpoint.engine.sources import RecordSource
 from shardpoint.engine.writing import write_files
 from shardpoint.errors import NotSupportedError, PlanError, Problem
@@ -20,7 +20,7 @@ from shardpoint.formats.safetensors import encode_header
 from shardpoint.storage import Storage, storage_at
 from shardpoint.transforms import Transform
 
-__all__ = ["to_safetensors", "write_full_files"]
+__all__ = ["check_convertible", "full_names", "to_safetensors", "write_full_files"]
 
 
 def to_safetensors(
@@ -34,8 +34,8 @@ def to_safetensors(
 ) -> None:
     """Write a checkpoint of tensors as Hugging Face's libraries load it.
 
-    The shards that several ranks saved are put together. Files appear when all are complete,
-    the index last.
+    The shards that several ranks saved are put together. Files count when all are complete,
+    and then replace the full files that were there; see `shardpoint.engine.replacing`.
 
     Parameters
     ----------
@@ -63,12 +63,37 @@ def to_safetensors(
     opened = Source(source, threads=threads, transforms=transforms)
     storage = target if isinstance(target, Storage) else storage_at(target)
     numbers = file_numbers or dict.fromkeys(opened.index.tensors.keys, 1)
-    _check_numbers(opened, numbers)
-    weight_map, total = write_full_files(opened, storage, numbers, set(numbers.values()), sync=sync)
-    storage.replace(INDEX_NAME, encode_index(weight_map, total), sync=sync)
+    check_convertible(opened, numbers)
+    storage.prepare()
+    names = full_names(numbers)
+    replacement = begin_replacement(storage, [*names.values(), INDEX_NAME], may_write=None)
+    places = {number: replacement.places[name] for number, name in names.items()}
+    try:
+        total = write_full_files(opened, storage, numbers, places, sync=sync)
+        index = encode_index({key: names[numbers[key]] for key in opened.index.tensors.keys}, total)
+        replacement.commit(index, removes_shards=False, sync=sync)
+    except BaseException:
+        replacement.abort(places.values())
+        raise
+    replacement.end()
 
 
-def _check_numbers(source: Source, numbers: Mapping[str, int]) -> None:
+def full_names(numbers: Mapping[str, int]) -> dict[int, str]:
+    """Return the names of the full files that these numbers of tensors make."""
+    count = max(numbers.values(), default=1)
+    return {number: file_name(number, count) for number in sorted(set(numbers.values()))}
+
+
+def check_convertible(source: Source, numbers: Mapping[str, int]) -> None:
+    """See that there are tensors only, and that each of them, and nothing else, has a number.
+
+    Raises
+    ------
+    PlanError
+        If the numbers do not fit; names all keys that are wrong.
+    NotSupportedError
+        If there are objects.
+    """
     keys = source.index.tensors.keys
     problems = [Problem("has no file number", key) for key in keys if key not in numbers]
     known = set(keys)
@@ -84,59 +109,42 @@ def _check_numbers(source: Source, numbers: Mapping[str, int]) -> None:
     ]
     if problems:
         raise PlanError("the file numbers do not fit the tensors", problems)
+    if len(source.index.objects):
+        raise NotSupportedError(
+            f"safetensors holds tensors only, not the objects "
+            f"{', '.join(map(repr, list(source.index.objects.keys)[:5]))}"
+        )
 
 
 def write_full_files(
     source: Source,
     storage: Storage,
     numbers: Mapping[str, int],
-    chosen: set[int],
+    places: Mapping[int, str],
     *,
     sync: bool,
-) -> tuple[dict[str, str], int]:
-    """Write some of the full files.
+) -> int:
+    """Write some of the full files; what was written of them is removed if that fails.
 
     Parameters
     ----------
     numbers
         File number of every tensor of the checkpoint.
-    chosen
-        The files to write.
+    places
+        The files to write: number to where.
 
     Returns
     -------
-    dict, int
-        Key to file name and the bytes of all tensors, of these files.
+    int
+        The bytes of all tensors of these files.
     """
-    if len(source.index.objects):
-        raise NotSupportedError(
-            f"safetensors holds tensors only, not the objects "
-            f"{', '.join(map(repr, list(source.index.objects.keys)[:5]))}"
-        )
-    storage.prepare()
-    count = max(numbers.values())
-    rows: dict[int, list[int]] = {number: [] for number in sorted(chosen)}
+    rows: dict[int, list[int]] = {number: [] for number in sorted(places)}
     for row, key in enumerate(source.index.tensors.keys):
         if numbers[key] in rows:
             rows[numbers[key]].append(row)
-    names = {number: file_name(number, count) for number in rows}
-    places = {number: place_name(storage, name) for number, name in names.items()}
     records = {places[number]: _records(source, some) for number, some in rows.items()}
     write_files(storage, records, threads=1, sync=sync)  # one tensor in memory
-    try:
-        for number, place in places.items():
-            if place != names[number]:
-                storage.rename(place, names[number])
-    except BaseException:
-        for place in set(places.values()) - set(names.values()):
-            remove_quietly(storage, place)
-        raise
-    if sync:
-        storage.sync()
-    keys = source.index.tensors.keys
-    weight_map = {keys[row]: names[number] for number, some in rows.items() for row in some}
-    total = sum(source.nbytes(row) for some in rows.values() for row in some)
-    return weight_map, total
+    return sum(source.nbytes(row) for some in rows.values() for row in some)
 
 
 def _records(source: Source, rows: list[int]) -> list[RecordSource]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +12,7 @@ from shardpoint.errors import NotSupportedError, PlanError, Problem
 from shardpoint.formats.huggingface_writing import file_name
 from shardpoint.planning.save import OBJECT, WriteColumns
 
-__all__ = ["FullFile", "HuggingFacePlan", "SaveShape", "is_stale", "shape_of_save"]
-
-_FILE = r"(?:shard-\d{5}-)?model-\d{5}-of-\d{5}\.safetensors"
-_WRITTEN = re.compile(rf"(?:sharded/)?(?:{_FILE}|\.{_FILE}\.[0-9a-f]{{16}}\.tmp)")
+__all__ = ["FullFile", "HuggingFacePlan", "SaveShape", "shape_of_save"]
 
 Shape = tuple[int, ...]
 
@@ -84,6 +80,14 @@ class SaveShape:
             for number in sorted(by_number)
         ]
 
+    def shard_files(self, folder: str) -> list[str]:
+        """Return the names of all ranks' own files; `folder` is what they begin with."""
+        return [
+            folder + file_name(number, self.count, rank)
+            for rank, table in enumerate(self.tables, start=1)
+            for number in dict.fromkeys(self.numbers[key] for key in table.keys)
+        ]
+
     def have_one_owner_each(self) -> bool:
         """Whether each file's tensors are whole, and on one rank."""
         owner: dict[int, int] = {}
@@ -140,8 +144,3 @@ def shape_of_save(plans: Iterable[SavePlan], mapping: Mapping[str, int] | None) 
     if problems:
         raise PlanError("fqn_to_index_mapping does not fit the state dict", problems)
     return SaveShape(tables, tensors, numbers, max(numbers.values(), default=1))
-
-
-def is_stale(name: str, keep: Iterable[str]) -> bool:
-    """Whether a file has a name that a save gives, and is not of the checkpoint that counts."""
-    return name not in keep and _WRITTEN.fullmatch(name) is not None

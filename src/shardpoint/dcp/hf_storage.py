@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +10,10 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from shardpoint.convert import to_safetensors
-from shardpoint.convert.placing import place_name
-from shardpoint.convert.safetensors import write_full_files
+from shardpoint.convert.safetensors import check_convertible, full_names, write_full_files
 from shardpoint.convert.source import Source
 from shardpoint.coordination import gather_scatter
-from shardpoint.dcp._file_system import storage_of
-from shardpoint.dcp._hf_planning import HuggingFacePlan, SaveShape, is_stale, shape_of_save
+from shardpoint.dcp._hf_planning import HuggingFacePlan, SaveShape, shape_of_save
 from shardpoint.dcp._hf_writing import write_own_files, write_shared_files
 from shardpoint.dcp._process_group import coordinator_for
 from shardpoint.dcp.filesystem import (
@@ -28,8 +25,10 @@ from shardpoint.dcp.filesystem import (
 from shardpoint.dcp.metadata import Metadata
 from shardpoint.dcp.planner import SavePlan, SavePlanner
 from shardpoint.dcp.storage import WriteResult
-from shardpoint.errors import CheckpointExistsError, NotSupportedError, PlanError, ShardpointError
-from shardpoint.formats.huggingface import read_directory
+from shardpoint.engine.replacing import Replacement, begin_replacement, remove_uncommitted
+from shardpoint.engine.safetensors_opening import open_safetensors
+from shardpoint.errors import CheckpointExistsError, NotSupportedError, PlanError, RankFailedError
+from shardpoint.formats.huggingface import find_files
 from shardpoint.formats.huggingface_writing import (
     FULL_METADATA,
     INDEX_NAME,
@@ -40,6 +39,7 @@ from shardpoint.formats.huggingface_writing import (
 from shardpoint.formats.safetensors import encode_header
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage import SharedStorage, Storage, storage_at
+from shardpoint.storage.renamed import RenamedStorage
 
 __all__ = [
     "HuggingFaceStorageReader",
@@ -48,9 +48,8 @@ __all__ = [
     "consolidate_safetensors_files_on_every_rank",
 ]
 
-logger = logging.getLogger(__name__)
-
 _SHARDED = "sharded"
+_SUFFIX = ".safetensors"
 
 
 class HuggingFaceStorageWriter(FileSystemWriter):
@@ -58,7 +57,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
 
     Full files are written by all ranks together, each its own parts at their places, where the
     store allows that; no rank has more in memory than its parts, and nothing is written twice.
-    Files appear under their names when all are complete, the index last.
+    What was there before, other software's full files included, stays until all new files are
+    complete, and is then replaced as a whole; see `shardpoint.engine.replacing`.
 
     Parameters
     ----------
@@ -86,6 +86,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         enable_consolidation: bool = False,
         thread_count_consolidation: int = 1,
     ) -> None:
+        self._replacement: Replacement | None = None
         super().__init__(path=path, thread_count=thread_count)
         self.serialization_format = SerializationFormat.SAFETENSORS
         self.fqn_to_index_mapping = fqn_to_index_mapping
@@ -94,7 +95,6 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         self.thread_count_consolidation = thread_count_consolidation
         self.consolidated_output_path = str(path) if enable_consolidation else None
         self._shape: SaveShape | None = None
-        self._renames: dict[str, str] = {}
         self._is_second_pass = False
 
     @property
@@ -106,29 +106,52 @@ class HuggingFaceStorageWriter(FileSystemWriter):
     def _writes_shards(self) -> bool:
         return self.save_distributed and not self.enable_consolidation
 
+    def _end_turn(self) -> None:
+        replacement, self._replacement = self._replacement, None
+        if replacement is not None:
+            replacement.end()
+
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if not self.use_collectives:
             raise NotSupportedError("safetensors files cannot be saved with use_collectives=False")
         self._written = []
-        self._renames = {}
         self.storage.prepare()
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         shape = self._shape = shape_of_save(plans, self.fqn_to_index_mapping)
-        is_shared = isinstance(self.storage, SharedStorage)
-        if not self._writes_shards and is_shared:
-            told = self._create_shared(shape)
+        self._end_turn()
+        is_shared = not self._writes_shards and isinstance(self.storage, SharedStorage)
+        is_full = is_shared or (not self._writes_shards and shape.have_one_owner_each())
+        self._is_second_pass = not self._writes_shards and not is_full
+        names = [] if is_full else shape.shard_files("" if self._writes_shards else _SHARDED + "/")
+        if not self._writes_shards:
+            names += [*(file.name for file in shape.full_files()), INDEX_NAME]
+        replacement = self._replacement = begin_replacement(
+            self.storage, names, may_write=self._check_present
+        )
+        if is_shared:
+            told = self._create_shared(shape, replacement.places)
         else:
-            is_full = not self._writes_shards and shape.have_one_owner_each()
-            self._is_second_pass = not self._writes_shards and not is_full
-            told = self._name_own(shape, is_full=is_full)
+            told = self._name_own(shape, replacement.places, is_full=is_full)
         return [
             dataclasses.replace(plan, storage_data=part)
             for plan, part in zip(plans, told, strict=True)
         ]
 
-    def _create_shared(self, shape: SaveShape) -> list[HuggingFacePlan]:
+    def _check_present(self, names: Sequence[str]) -> None:
+        if not self.overwrite and find_files(self.storage, names):
+            raise CheckpointExistsError(
+                f"{self.path} holds safetensors files already and overwrite=False was given"
+            )
+        full = (n == INDEX_NAME or (n.startswith("model") and n.endswith(_SUFFIX)) for n in names)
+        if self._writes_shards and any(full):
+            raise CheckpointExistsError(
+                f"{self.path} holds full safetensors files, which readers would take in place of "
+                f"the shards: give another folder"
+            )
+
+    def _create_shared(self, shape: SaveShape, where: Mapping[str, str]) -> list[HuggingFacePlan]:
         """Make the full files with their headers; say where each tensor begins."""
         places: dict[str, tuple[str, int]] = {}
         for file in shape.full_files():
@@ -139,7 +162,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                 )
             header, spans = encode_header(file.tensors, metadata=metadata)
             end = max((span[1] for span in spans.values()), default=len(header))
-            name = self._place(file.name)
+            name = where[file.name]
             with self.storage.create(name, size=end) as created:
                 self._written.append(name)
                 created.write_from(0, [memoryview(header)])
@@ -158,37 +181,20 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             )
         return told
 
-    def _name_own(self, shape: SaveShape, *, is_full: bool) -> list[HuggingFacePlan]:
+    def _name_own(
+        self, shape: SaveShape, where: Mapping[str, str], *, is_full: bool
+    ) -> list[HuggingFacePlan]:
         """Give each rank names for files of its own."""
-        if self._writes_shards and self._holds_full_files():
-            raise CheckpointExistsError(
-                f"{self.path} holds full safetensors files, which readers would take in place of "
-                f"the shards: give another folder"
-            )
         folder = f"{_SHARDED}/" if self._is_second_pass else ""
         told = []
         for rank, table in enumerate(shape.tables):
             shard = None if is_full else rank + 1
             numbers = list(dict.fromkeys(shape.numbers[key] for key in table.keys))
-            names = [
-                self._place(folder + file_name(number, shape.count, shard)) for number in numbers
-            ]
+            names = [where[folder + file_name(number, shape.count, shard)] for number in numbers]
             positions = {number: position for position, number in enumerate(numbers)}
             file_of = [positions[shape.numbers[key]] for key in table.keys]
             told.append(HuggingFacePlan(names, file_of, starts=None, is_full=is_full))
         return told
-
-    def _place(self, name: str) -> str:
-        """Return where a file is written that is called `name` in the end."""
-        place = place_name(self.storage, name)
-        self._renames[place] = name
-        return place
-
-    def _holds_full_files(self) -> bool:
-        return any(
-            name == INDEX_NAME or (name.startswith("model") and name.endswith(".safetensors"))
-            for name in self.storage.list_folder()
-        )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         told = plan.storage_data
@@ -207,46 +213,45 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        shape = self._shape
-        if shape is None:
+        shape, replacement = self._shape, self._replacement
+        if shape is None or replacement is None:
             raise PlanError("prepare_global_plan was not called")
-        for place, name in self._renames.items():
-            if place != name:
-                self.storage.rename(place, name)
-        self._written = []
-        keep = {*self._renames.values()}
+        index = None
         if self._is_second_pass:
-            shards = storage_of(self.fs, self.fs.concat_path(self.path, _SHARDED))
-            to_safetensors(
-                shards,
-                self.storage,
-                file_numbers={key: shape.numbers[key] for key in shape.tensors},
-                threads=self.thread_count_consolidation,
-                sync=self.sync_files,
-            )
-        elif not self._writes_shards:
+            self._put_together(shape, replacement.places)
+        if not self._writes_shards:
             names = {key: file_name(shape.numbers[key], shape.count) for key in shape.tensors}
             index = encode_index(names, shape.total_size())
-            self.storage.replace(INDEX_NAME, index, sync=self.sync_files)
-        if self._is_second_pass or not self._writes_shards:
-            keep |= {file.name for file in shape.full_files()}
-        self._remove_replaced(keep)
-        if self.sync_files:
-            self.storage.sync()
+        replacement.commit(index, removes_shards=True, sync=self.sync_files)
+        self._written = []
+        self._end_turn()
 
-    def _remove_replaced(self, keep: set[str]) -> None:
-        try:
-            for name in self.storage.list():
-                if is_stale(name, keep):
-                    self.storage.remove(name)
-        except ShardpointError as error:  # the save itself is done; the next one cleans up
-            logger.warning("%s: the replaced checkpoint's files remain: %s", self.path, error)
+    def _put_together(self, shape: SaveShape, where: Mapping[str, str]) -> None:
+        """Make full files of the shards."""
+        folder = f"{_SHARDED}/"
+        shards = {name: (where[name],) for name in where if name.startswith(folder)}
+        source = Source(
+            RenamedStorage(self.storage, shards, hidden=None),
+            threads=max(1, self.thread_count_consolidation),
+        )
+        numbers = {key: shape.numbers[key] for key in shape.tensors}
+        check_convertible(source, numbers)
+        places = {file.number: where[file.name] for file in shape.full_files()}
+        write_full_files(source, self.storage, numbers, places, sync=self.sync_files)
+        self._written += places.values()
 
     def abort(self) -> None:
-        """Remove what this rank has written of a save that failed on some rank."""
+        """Remove what this rank has written of a save that failed on some rank.
+
+        Where the commit itself failed it may have come through all the same: then the files
+        count and stay.
+        """
         written, self._written = self._written, []
-        for name in written:
-            self.storage.remove(name)
+        replacement, self._replacement = self._replacement, None
+        if replacement is not None:
+            replacement.abort(written)
+        else:
+            remove_uncommitted(self.storage, written)
 
 
 class HuggingFaceStorageReader(FileSystemReader):
@@ -269,7 +274,7 @@ class HuggingFaceStorageReader(FileSystemReader):
     def _open(self, rank: int | None) -> tuple[CheckpointIndex, Storage]:
         if str(self.path).endswith((".safetensors", ".json")):
             return super()._open(rank)
-        return read_directory(self.storage), self.storage
+        return open_safetensors(self.storage, None, None)
 
 
 def consolidate_safetensors_files(
@@ -319,22 +324,72 @@ def consolidate_safetensors_files_on_every_rank(
         On every rank, if one failed.
     """
     coordinator = coordinator_for(process_group, 0, False)
-    storage = storage_at(output_dir)
+    consolidation = _Consolidation(input_dir, storage_at(output_dir), fqn_to_index_mapping)
+    try:
+        places = gather_scatter(
+            coordinator,
+            "plan",
+            lambda: consolidation.open(max(1, num_threads)),
+            consolidation.begin,
+        )
+        gather_scatter(
+            coordinator, "consolidate", lambda: consolidation.write(places), consolidation.finish
+        )
+    except BaseException as error:
+        if coordinator.is_coordinator or (isinstance(error, RankFailedError) and error.is_agreed):
+            consolidation.abort()
+        raise
 
-    def write() -> tuple[dict[str, str], int]:
-        source = Source(input_dir, threads=max(1, num_threads))
-        chosen = {
-            number
-            for number in set(fqn_to_index_mapping.values())
-            if number % coordinator.world_size == coordinator.rank
-        }
-        return write_full_files(source, storage, fqn_to_index_mapping, chosen, sync=True)
 
-    def finish(parts: Sequence[tuple[dict[str, str], int]]) -> list[None]:
-        weight_map = {key: name for part, _ in parts for key, name in part.items()}
-        ordered = {key: weight_map[key] for key in fqn_to_index_mapping}
-        index = encode_index(ordered, sum(total for _, total in parts))
-        storage.replace(INDEX_NAME, index, sync=True)
-        return [None] * len(parts)
+class _Consolidation:
+    """What one rank does of it."""
 
-    gather_scatter(coordinator, "consolidate", write, finish)
+    def __init__(
+        self, source: str | os.PathLike[str], storage: Storage, numbers: Mapping[str, int]
+    ) -> None:
+        self._place = source
+        self._storage = storage
+        self._numbers = numbers
+        self._names = full_names(numbers)
+        self._source: Source | None = None
+        self._replacement: Replacement | None = None
+        self._written: list[str] = []
+
+    def open(self, threads: int) -> None:
+        """Look at the shards."""
+        self._source = Source(self._place, threads=threads)
+        check_convertible(self._source, self._numbers)
+        self._storage.prepare()
+
+    def begin(self, ranks: Sequence[None]) -> list[dict[int, str]]:
+        """Return which files each rank writes, and where."""
+        self._replacement = begin_replacement(
+            self._storage, [*self._names.values(), INDEX_NAME], may_write=None
+        )
+        places = {n: self._replacement.places[name] for n, name in self._names.items()}
+        return [
+            {n: place for n, place in places.items() if n % len(ranks) == rank}
+            for rank in range(len(ranks))
+        ]
+
+    def write(self, places: Mapping[int, str]) -> int:
+        """Write this rank's files; return the bytes of their tensors."""
+        assert self._source is not None
+        total = write_full_files(self._source, self._storage, self._numbers, places, sync=True)
+        self._written = list(places.values())
+        return total
+
+    def finish(self, totals: Sequence[int]) -> list[None]:
+        """Let all files count."""
+        assert self._replacement is not None
+        index = encode_index({k: self._names[n] for k, n in self._numbers.items()}, sum(totals))
+        self._replacement.commit(index, removes_shards=False, sync=True)
+        self._replacement.end()
+        return [None] * len(totals)
+
+    def abort(self) -> None:
+        """Remove what was written, unless it counts."""
+        if self._replacement is not None:
+            self._replacement.abort(self._written)
+        else:
+            remove_uncommitted(self._storage, self._written)

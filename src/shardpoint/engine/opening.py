@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shardpoint.engine._own_rank import preferring
+from shardpoint.engine.replacing import by_journal
+from shardpoint.engine.safetensors_opening import open_safetensors, watched_file
 from shardpoint.errors import (
     CheckpointNotFoundError,
     ConcurrentSaveError,
@@ -25,7 +27,8 @@ from shardpoint.errors import (
 )
 from shardpoint.formats.checksum import crc32
 from shardpoint.formats.dcp_metadata import read_metadata, read_per_rank_metadata
-from shardpoint.formats.huggingface import find_files, read_directory
+from shardpoint.formats.huggingface import find_files
+from shardpoint.formats.huggingface_journal import JOURNAL_NAME
 from shardpoint.formats.native_index import MetadataStamp, index_name, read_index
 from shardpoint.formats.object_decoder import ObjectFactory
 from shardpoint.formats.torch_save import read_torch_save
@@ -99,7 +102,7 @@ def open_index(
     """
     storage, name = (place, None) if isinstance(place, Storage) else _locate(place, options)
     if name is not None and not _is_metadata(name):
-        return _open_file(storage, name, allowed, factory), storage
+        return _open_file(storage, name, allowed, factory)
     if storage.has(_METADATA):
         return read_with_metadata(storage), storage
     names = storage.list_folder()
@@ -112,8 +115,10 @@ def open_index(
             index = preferring(index, read_per_rank_metadata({own: parts[own]}))
         return _with_containers(index, storage), storage
     files = [name for name in names if name.endswith(_TORCH_SAVE)]
-    if _has_safetensors(storage, names, is_alone=not files):
-        return read_directory(storage), storage
+    seen = by_journal(storage) if JOURNAL_NAME in names else storage
+    seen_names = names if seen is storage else seen.list_folder()
+    if _has_safetensors(seen, seen_names, is_alone=not files):
+        return open_safetensors(storage, None, names)
     return _open_only_file(storage, names, files, allowed, factory), storage
 
 
@@ -165,15 +170,24 @@ def noticing_replacement(index: CheckpointIndex, storage: Storage) -> Iterator[N
     ConcurrentSaveError
         In place of the error that it caused.
     """
+    cause = None
+    # The names of safetensors files are the same in every save: what was read may be of two.
+    is_fixed = index.source == "huggingface" and bool(index.metadata_files)
+    watched = watched_file(index.metadata_files) if is_fixed else _METADATA
     try:
         yield
     except ShardpointError as error:
-        if index.version_read is None or storage.version(_METADATA) == index.version_read:
+        if index.version_read is None or storage.version(watched) == index.version_read:
             raise
-        raise ConcurrentSaveError(
-            f"the checkpoint at {storage.location!r} was replaced by another save while it was "
-            f"read: open it again, and what is read then is the new one"
-        ) from error
+        cause = error
+    else:
+        known = index.version_read if is_fixed else None
+        if known is None or storage.version(watched) == known:
+            return
+    raise ConcurrentSaveError(
+        f"the checkpoint at {storage.location!r} was replaced by another save while it was "
+        f"read: open it again, and what is read then is the new one"
+    ) from cause
 
 
 def read_stamp(file: ReadableFile) -> tuple[MetadataStamp, bytearray | None]:
@@ -231,9 +245,11 @@ def _locate(path: PathLike, options: Mapping[str, Any] | None) -> tuple[Storage,
     text = local
     if os.path.isdir(text):
         return LocalStorage(text), None
-    if not os.path.exists(text):
-        raise CheckpointNotFoundError(f"there is nothing at {text!r}")
     folder, name = os.path.split(os.path.abspath(text))
+    if not os.path.exists(text):
+        if name.endswith(_SAFETENSORS) and os.path.exists(os.path.join(folder, JOURNAL_NAME)):
+            return LocalStorage(folder), name  # a save was broken off before it had that name
+        raise CheckpointNotFoundError(f"there is nothing at {text!r}")
     target = os.path.realpath(text)
     if _names_others(name) and _names_others(os.path.basename(target)):
         # What such a file names lies beside it: where it really is, unless a cache keeps it
@@ -256,10 +272,10 @@ def _is_metadata(name: str) -> bool:
 
 def _open_file(
     storage: Storage, name: str, allowed: Allowed | None, factory: ObjectFactory | None
-) -> CheckpointIndex:
+) -> tuple[CheckpointIndex, Storage]:
     if name.endswith(_SAFETENSORS):
-        return read_directory(storage, name)
-    return read_torch_save(storage, name, allowed=allowed, factory=factory)
+        return open_safetensors(storage, name, None)
+    return read_torch_save(storage, name, allowed=allowed, factory=factory), storage
 
 
 def _names_others(name: str) -> bool:

@@ -34,7 +34,7 @@ from shardpoint.index import (
     build_index,
 )
 
-__all__ = ["find_files", "read_directory"]
+__all__ = ["choose_files", "find_files", "read_directory", "read_files"]
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -78,7 +78,11 @@ def read_directory(storage: Store, name: str | None = None) -> CheckpointIndex:
         If the index names a file outside.
     CorruptionError, LimitExceededError, NotSupportedError, StorageError
     """
-    index_name, files = _choose(storage, name)
+    return read_files(storage, *choose_files(storage, name))
+
+
+def read_files(storage: Store, index_name: str | None, files: list[str]) -> CheckpointIndex:
+    """Return the index of the files that `choose_files` chose; raises as `read_directory` does."""
     homes: dict[str, str] = {}
     if index_name is not None:
         homes = _read_weight_map(storage, index_name)
@@ -109,13 +113,21 @@ def _fail(message: str, key: str | None, file: str) -> NoReturn:
     raise FormatError(str(Problem(message, key=key, file=file)))
 
 
-def _choose(storage: Store, name: str | None) -> tuple[str | None, list[str]]:
-    """Return the index to follow, or else the files to read."""
+def choose_files(
+    storage: Store, name: str | None, names: Iterable[str] | None = None
+) -> tuple[str | None, list[str]]:
+    """Return the index to follow, or else the files to read; see `read_directory`.
+
+    Parameters
+    ----------
+    names
+        What is directly in the folder; None if that is to be looked up.
+    """
     if name is not None:
         if not storage.has(name):
             raise CheckpointNotFoundError(f"no file {name!r} in {storage.location!r}")
         return (name, []) if name.endswith(_INDEX_SUFFIX) else (None, [name])
-    found = find_files(storage, storage.list_folder())
+    found = find_files(storage, storage.list_folder() if names is None else names)
     indexes = [n for n in found if n.endswith(_INDEX_SUFFIX)]
     if _USUAL_INDEX in indexes:
         return _USUAL_INDEX, []

@@ -31,7 +31,16 @@ _SMALL = 64 << 10
 want its head and its tail, and a round trip takes longer than the bytes."""
 
 
-_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "ino", "mtime")
+_VERSION_FIELDS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+    "LastModified",
+    "created",
+    "ino",
+    "mtime",
+)
 """What file systems call the things that change when a file is put anew."""
 
 
