@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shardpoint.coordination._wire import WireReader, WireWriter
+from shardpoint.errors import PlanError, RankFailedError, StorageError
 from shardpoint.planning.save import WriteColumns, deduplicate, merge, plan_writes
 from test_planning_save import an_object, columns, rows_shard, whole
 
@@ -79,3 +80,14 @@ def test_planning_in_one_pass_is_deduplication_and_merging() -> None:
         assert np.array_equal(plan.hints[rank][kept[rank]], hints[rank])
     assert sorted(plan.index.tensors.keys) == sorted(index.tensors.keys)
     assert sum(int(keep.sum()) for keep in kept) == RANKS * 50 + 3
+
+
+def test_what_failed_alike_on_many_ranks_is_said_once() -> None:
+    alike = {rank: PlanError("key 'a' is missing") for rank in (*range(512), 600, 601)}
+    error = RankFailedError("plan", {**alike, 7: StorageError("no space")})
+    assert str(error).splitlines() == [
+        "plan failed on ranks 0 to 511, 600, 601",
+        "  ranks 0 to 6, 8 to 511, 600, 601: PlanError: key 'a' is missing",
+        "  rank 7: StorageError: no space",
+    ]
+    assert len(error.causes) == 514

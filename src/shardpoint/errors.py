@@ -25,7 +25,7 @@ An error that can have several reasons carries all of them as ``problems``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from traceback import StackSummary
 
@@ -214,20 +214,39 @@ class RankFailedError(ShardpointError, RuntimeError):
         self.stacks: dict[int, StackSummary] = dict(sorted((stacks or {}).items()))
         self.is_agreed = True
         super().__init__(step, self.causes, self.stacks)
-        for rank, stack in self.stacks.items():
-            if not stack:
-                continue
-            frames = "".join(stack.format())
-            self.add_note(f"rank {rank}, most recent call last:\n{frames}".rstrip())
+        frames = {rank: "".join(stack.format()) for rank, stack in self.stacks.items() if stack}
+        for text, ranks in _by_text(frames):
+            self.add_note(f"{_ranks_text(ranks)}, most recent call last:\n{text}".rstrip())
 
     def __str__(self) -> str:
-        ranks = ", ".join(str(rank) for rank in self.causes)
-        lines = [f"{self.step} failed on rank{'s' if len(self.causes) > 1 else ''} {ranks}"]
+        lines = [f"{self.step} failed on {_ranks_text(list(self.causes))}"]
+        texts = {}
         for rank, cause in self.causes.items():
             notes = getattr(cause, "__notes__", ())
             text = "\n".join([str(cause), *notes]).replace("\n", "\n    ")
-            lines.append(f"  rank {rank}: {type(cause).__name__}: {text}")
+            texts[rank] = f"{type(cause).__name__}: {text}"
+        lines += [f"  {_ranks_text(ranks)}: {text}" for text, ranks in _by_text(texts)]
         return "\n".join(lines)
+
+
+def _by_text(texts: Mapping[int, str]) -> list[tuple[str, list[int]]]:
+    """Return each text once, with the ranks that have it: often it is the same on hundreds."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in texts.items():
+        ranks.setdefault(text, []).append(rank)
+    return list(ranks.items())
+
+
+def _ranks_text(ranks: Sequence[int]) -> str:
+    """Name ranks, in rising order; those in a row of three or more by the first and the last."""
+    rows: list[list[int]] = []
+    for rank in ranks:
+        if rows and rank == rows[-1][-1] + 1:
+            rows[-1].append(rank)
+        else:
+            rows.append([rank])
+    parts = [f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
 class ShardpointWarning(UserWarning):
