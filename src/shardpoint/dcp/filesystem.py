@@ -76,6 +76,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DEFAULT_SUFFIX = ".distcp"
+_metadata_fn = committing.METADATA_NAME
 CURRENT_DCP_VERSION = "1.0.0"
 
 

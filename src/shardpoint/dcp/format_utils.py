@@ -16,7 +16,7 @@ from shardpoint.dcp._broadcasting import broadcast_tensors
 from shardpoint.dcp._layouts import shape_and_dtype
 from shardpoint.dcp._process_group import coordinator_for
 from shardpoint.dcp._safe_globals import with_safe_globals
-from shardpoint.dcp.default_planner import DefaultLoadPlanner
+from shardpoint.dcp.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from shardpoint.dcp.metadata import (
     STATE_DICT_TYPE,
     ChunkStorageMetadata,
@@ -25,6 +25,7 @@ from shardpoint.dcp.metadata import (
     TensorStorageMetadata,
 )
 from shardpoint.dcp.planner import LoadPlan, LoadPlanner
+from shardpoint.dcp.state_dict_loader import _load_state_dict
 from shardpoint.dcp.storage import StorageReader
 from shardpoint.errors import PlanError, Problem
 
@@ -34,6 +35,9 @@ __all__ = [
     "dcp_to_torch_save",
     "torch_save_to_dcp",
 ]
+
+# Programs import these from torch's module of this name.
+_IMPORTED_BY_PROGRAMS = (_EmptyStateDictLoadPlanner, _load_state_dict)
 
 Allowed = Mapping[str, Callable[..., Any]]
 

@@ -71,12 +71,8 @@ def save_state_dict(
     """
     warnings.warn("save_state_dict is deprecated, use save instead", FutureWarning, stacklevel=2)
     storage_writer.reset()
-    return _save(
-        lambda: state_dict,
-        make_writer=lambda: storage_writer,
-        planner=planner,
-        coordinator=coordinator_for(process_group, coordinator_rank, no_dist, name="save"),
-        rank=None,
+    return _save_state_dict(
+        state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
     )
 
 
@@ -222,6 +218,26 @@ def save_staged(
         planner=request.planner,
         coordinator=coordinator,
         rank=request.rank,
+    )
+
+
+def _save_state_dict(
+    state_dict: STATE_DICT_TYPE,
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save without `Stateful`s to a writer that is set up already."""
+    coordinator = coordinator_for(process_group, coordinator_rank, no_dist, name="save")
+    return _save(
+        lambda: state_dict,
+        make_writer=lambda: storage_writer,
+        planner=planner,
+        coordinator=coordinator if use_collectives else SingleProcess(),
+        rank=None if use_collectives else coordinator.rank,
     )
 
 
