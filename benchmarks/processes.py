@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from cases import Job, all_cases
 from measuring import Measurement
 from settings import Settings
 
-__all__ = ["Listed", "TurnError", "prepare", "run_turn"]
+__all__ = ["Listed", "TurnError", "list_cases", "prepare", "run_turn"]
 
 _LIMIT_SECONDS = 900
 _context = multiprocessing.get_context("forkserver")
@@ -60,7 +63,10 @@ def list_cases() -> list[Listed]:
     process = _context.Process(target=_send_cases, args=(sender,))
     process.start()
     sender.close()
-    found = receiver.recv()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        raise TurnError("the cases cannot be listed; what the process says is above") from None
     process.join()
     return found
 
@@ -113,11 +119,13 @@ def _worst(results: Sequence[Measurement]) -> Measurement:
     read = [r.read_bytes for r in results if r.read_bytes is not None]
     needed = [r.needed_bytes for r in results if r.needed_bytes is not None]
     sent = [r.sent_bytes for r in results if r.sent_bytes is not None]
+    disk = [r.disk_bytes for r in results if r.disk_bytes is not None]
     return Measurement(
         max(r.seconds for r in results),
         sum(r.processor_seconds for r in results),
         max(peaks) if peaks else None,
         sum(read) if read else None,
+        sum(disk) if disk else None,
         sum(needed) if needed else None,
         max(sent) if sent else None,
     )
@@ -134,28 +142,46 @@ def _run_all(
         sender.close()
         processes.append(process)
         connections.append(receiver)
+    patience = 0.0
     try:
-        return [_received(connection) for connection in connections]
+        outcomes = _received(connections, processes)
+        patience = 10.0
+        return outcomes
     finally:
         for process in processes:
-            process.join(10)
+            process.join(patience)  # after a failure the others may wait for it for long
             if process.is_alive():
                 process.kill()
+                process.join()
 
 
-def _received(connection: Connection) -> dict[str, Measurement]:
-    if not connection.poll(_LIMIT_SECONDS):
-        raise TurnError(f"no answer in {_LIMIT_SECONDS} seconds")
-    try:
-        outcome = connection.recv()
-    except EOFError:
-        raise TurnError("the process died") from None
-    if isinstance(outcome, str):
-        raise TurnError(outcome)
-    return outcome
+def _received(
+    connections: Sequence[Connection], processes: Sequence[Any]
+) -> list[dict[str, Measurement]]:
+    """Return what all processes answer, in order; raise with the first that fails."""
+    found: dict[int, dict[str, Measurement]] = {}
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while len(found) < len(connections):
+        waiting = [c for number, c in enumerate(connections) if number not in found]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TurnError(f"no answer in {_LIMIT_SECONDS} seconds")
+        for connection in ready:
+            number = connections.index(connection)
+            try:
+                outcome = connection.recv()
+            except EOFError:
+                processes[number].join(1)
+                code = processes[number].exitcode
+                raise TurnError(f"the process of rank {number} died, exit code {code}") from None
+            if isinstance(outcome, str):
+                raise TurnError(outcome)
+            found[number] = outcome
+    return [found[number] for number in range(len(connections))]
 
 
 def _guarded(connection: Connection, target: object, *arguments: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends this
     warnings.simplefilter("ignore")  # torch's, about running without a process group
     try:
         outcome: object = target(*arguments)  # type: ignore[operator]

@@ -1,8 +1,10 @@
 """The limit: the same bytes with `os.pwritev` and `os.preadv`, and nothing else.
 
-No metadata, no checksum, no format. Buffers are moved in vectored calls of up to 8 MiB: a
+No metadata, no checksum, no format. Buffers are moved in vectored calls of up to 1 MiB: a
 file is preallocated and written by one thread, since more only wait for each other there, and
-read by as many threads as there are processors.
+read by as many threads as there are processors. Larger calls are no faster, and to write by
+them can be much slower: Linux then takes huge pages for its cache, which a virtual machine may
+have to get back from its host first.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read", "write"]
+__all__ = ["read", "side_by_side", "write"]
 
-_BLOCK = 8 << 20
+_BLOCK = 1 << 20
 _VECTOR = 1024
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -73,18 +75,22 @@ def _packed(buffers: Sequence[memoryview]) -> Iterator[tuple[list[memoryview], i
 
 def _run(call: Call, descriptor: int, works: Any, *, threads: int) -> None:
     works = list(works)
-    share = max(1, -(-len(works) // (threads * 4)))
 
-    def move(first: int) -> None:
-        for vector, offset in works[first : first + share]:
-            _move(call, descriptor, vector, offset)
+    def move(numbers: range) -> None:
+        for number in numbers:
+            _move(call, descriptor, *works[number])
 
-    if threads == 1 or len(works) == 1:
-        for first in range(0, len(works), share):
-            move(first)
+    side_by_side(move, len(works), threads=threads)
+
+
+def side_by_side(move: Callable[[range], object], count: int, *, threads: int = _THREADS) -> None:
+    """Call a function with ranges that together are all numbers below `count`."""
+    if threads == 1 or count < 2:
+        move(range(count))
         return
+    share = max(1, -(-count // (threads * 4)))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(move, range(0, len(works), share)))
+        list(pool.map(move, [range(n, min(n + share, count)) for n in range(0, count, share)]))
 
 
 def _move(call: Call, descriptor: int, vector: list[memoryview], offset: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from measuring import Measurement
 
-__all__ = ["Row", "Rows", "render"]
+__all__ = ["Row", "Rows", "render", "summarize"]
 
 _REFERENCES = ("torch", "torch, extrapolated")
 _LIMIT = "raw"
@@ -30,8 +30,9 @@ class Row:
         both saw, does not count.
     of_limit
         Seconds of the raw limit through seconds of this; likewise.
-    peak_bytes, read_ratio
-        Medians: memory beyond the state, bytes read over bytes needed.
+    peak_bytes, read_ratio, disk_ratio
+        Medians: memory beyond the state, bytes read over bytes needed, and those of them that
+        came from the disk.
     sent_bytes
         Median of what one rank exchanges with the others, where that was counted.
     """
@@ -44,6 +45,7 @@ class Row:
     of_limit: float | None
     peak_bytes: float | None
     read_ratio: float | None
+    disk_ratio: float | None
     sent_bytes: float | None
     rounds: list[Measurement] = field(repr=False)
 
@@ -54,13 +56,24 @@ class Row:
 
 @dataclass
 class Rows:
-    """One operation of a case."""
+    """One operation of a case; `title` is the case's."""
 
+    case: str
     title: str
+    operation: str
     rows: list[Row]
 
+    def as_json(self) -> dict[str, Any]:
+        """Return everything."""
+        return {
+            "case": self.case,
+            "title": self.title,
+            "operation": self.operation,
+            "contenders": [row.as_json() for row in self.rows],
+        }
 
-def summarize(title: str, results: dict[str, list[Measurement]]) -> Rows:
+
+def summarize(case: str, title: str, operation: str, results: dict[str, list[Measurement]]) -> Rows:
     """Return the rows of an operation from each contender's rounds."""
     reference = next((results[name] for name in _REFERENCES if name in results), None)
     limit = results.get(_LIMIT)
@@ -75,18 +88,13 @@ def summarize(title: str, results: dict[str, list[Measurement]]) -> Rows:
                 _ratio(reference, rounds),
                 _ratio(limit, rounds),
                 _median([m.peak_bytes for m in rounds]),
-                _median(
-                    [
-                        m.read_bytes / m.needed_bytes
-                        for m in rounds
-                        if m.read_bytes is not None and m.needed_bytes
-                    ]
-                ),
+                _median([_through(m.read_bytes, m.needed_bytes) for m in rounds]),
+                _median([_through(m.disk_bytes, m.needed_bytes) for m in rounds]),
                 _median([m.sent_bytes for m in rounds]),
                 rounds,
             )
         )
-    return Rows(title, rows)
+    return Rows(case, title, operation, rows)
 
 
 def _ratio(other: list[Measurement] | None, own: list[Measurement]) -> float | None:
@@ -95,12 +103,16 @@ def _ratio(other: list[Measurement] | None, own: list[Measurement]) -> float | N
     return median(a.seconds / b.seconds for a, b in zip(other, own, strict=True))
 
 
+def _through(read: int | None, needed: int | None) -> float | None:
+    return read / needed if read is not None and needed else None
+
+
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
-def render(operations: Sequence[Rows]) -> str:
+def render(operations: Sequence[Rows], *, with_disk: bool) -> str:
     """Return the table, in Markdown that can be read as it is."""
     header = [
         "operation",
@@ -113,13 +125,14 @@ def render(operations: Sequence[Rows]) -> str:
         "peak MiB",
         "read/needed",
         "sent bytes",
+        *(["disk/needed"] if with_disk else []),
     ]
     lines = [header]
     for operation in operations:
         for number, row in enumerate(operation.rows):
             lines.append(
                 [
-                    operation.title if number == 0 else "",
+                    f"{operation.title}: {operation.operation}" if number == 0 else "",
                     row.contender,
                     _seconds(row.seconds),
                     _seconds(row.best_seconds),
@@ -129,6 +142,7 @@ def render(operations: Sequence[Rows]) -> str:
                     _number(row.peak_bytes, "{:,.1f}", 1 << 20),
                     _number(row.read_ratio, "{:.3f}"),
                     _number(row.sent_bytes, "{:,.0f}"),
+                    *([_number(row.disk_ratio, "{:.3f}")] if with_disk else []),
                 ]
             )
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

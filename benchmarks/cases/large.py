@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contenders import load, save, warm_up
+from contenders import SEVERAL_FILES, given, load, save, warm_up
 from measuring import Measurement, evict, measure
 from states import check_equal, empty_like, large, tensor_bytes
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,12 +23,14 @@ def _one_rank(job: Job, *, sync: bool) -> dict[str, Measurement]:
     needed = tensor_bytes(state)
     warm_up(job.contender, job.folder / "tiny")
     place = job.folder / "checkpoint"
-    results = {"save": measure(lambda: save(job.contender, state, place, sync=sync))}
+    saving = given(job.contender, state)
+    results = {"save": measure(lambda: save(job.contender, saving, place, sync=sync))}
     if sync:
         return results
     target = empty_like(state)
+    loading = given(job.contender, target)
     results["load"] = measure(
-        lambda: load(job.contender, target, place),
+        lambda: load(job.contender, loading, place),
         needed_bytes=needed,
         before=lambda: evict(place) if job.settings.cold else None,
     )
@@ -63,9 +65,9 @@ def _two_ranks(job: Job) -> dict[str, Measurement]:
     return results
 
 
-def _state_of(job: Job, mesh: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _state_of(job: Job, mesh: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if job.contender == "raw":
-        return dict(tensors)
+        return given(job.contender, tensors)
     return {
         key: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
         for key, tensor in tensors.items()
@@ -86,7 +88,7 @@ def _evict_together(job: Job, place: Any) -> None:
 
 
 _SYNCED = ("torch", "shardpoint", "safetensors", "raw")
-_ALL = ("torch", "torch_checkpointing", "shardpoint", "safetensors", "raw")
+_ALL = ("torch", "torch_checkpointing", "shardpoint", "safetensors", "raw", *SEVERAL_FILES)
 
 CASES = [
     Case("large", "large tensors, 1 rank, no sync", _ALL, partial(_one_rank, sync=False)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contenders import load, save
+from contenders import given, load, save
 from measuring import Measurement, evict, measure
 from states import check_equal, tensor_bytes
 from torch import nn
@@ -86,8 +86,8 @@ def _run(job: Job) -> dict[str, Measurement]:
     dist.init_process_group("gloo", init_method=store, rank=job.rank, world_size=job.world_size)
     state, target = _state(job, 0), _state(job, 1)
     saved, into = _locals(state), _locals(target)
-    saving: dict[str, Any] = saved if job.contender == "raw" else state
-    loading: dict[str, Any] = into if job.contender == "raw" else target
+    saving: Any = given("raw", saved) if job.contender == "raw" else state
+    loading: Any = given("raw", into) if job.contender == "raw" else target
     needed = tensor_bytes(saved)
     _save_and_load(job, saving, loading, job.folder / "warm-up", needed)
     results = _save_and_load(job, saving, loading, job.folder / "checkpoint", needed)
@@ -98,7 +98,7 @@ def _run(job: Job) -> dict[str, Measurement]:
 
 
 def _save_and_load(
-    job: Job, saving: dict[str, Any], loading: dict[str, Any], place: Path, needed: int
+    job: Job, saving: Any, loading: Any, place: Path, needed: int
 ) -> dict[str, Measurement]:
     dist.barrier()
     results = {

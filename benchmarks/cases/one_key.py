@@ -8,7 +8,7 @@ from typing import Any
 
 import raw
 import torch
-from contenders import LIBRARIES, load, save, warm_up
+from contenders import LIBRARIES, given, load, save, warm_up
 from measuring import Measurement, evict, measure
 from settings import Settings
 from states import buffer_of, check_equal, large, small
@@ -31,7 +31,7 @@ def _prepare(job: Job) -> None:
     for contender in LIBRARIES:
         save(contender, {**tensors, **scalars}, job.folder / contender, sync=False)
     for contender in ("safetensors", "raw"):
-        save(contender, tensors, job.folder / contender, sync=False)
+        save(contender, given(contender, tensors), job.folder / contender, sync=False)
 
 
 def _run(job: Job) -> dict[str, Measurement]:

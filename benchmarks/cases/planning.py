@@ -194,7 +194,7 @@ def _local_plan(ranks: int, rank: int, job: Job) -> SavePlan:
         keep = np.arange(len(columns)) < len(columns) - 1  # only rank 0 has the scalar
         columns = columns.take(keep)
         del paths["step"]
-    return SavePlan(WriteTable(columns), planner_data=paths)
+    return SavePlan(WriteTable.from_columns(columns), planner_data=paths)
 
 
 _templates: dict[int, Any] = {}
@@ -221,7 +221,7 @@ def _results(ranks: int, rank: int, job: Job) -> ResultTable:
         offsets = np.vstack([offsets, np.zeros((1, offsets.shape[1]), np.int64)])
     total = len(keys)
     numbers = np.arange(total)
-    return ResultTable(
+    return ResultTable.from_columns(
         ResultColumns(
             Written(
                 keys=keys,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from contenders import LIBRARIES, load, save, warm_up
+from contenders import LIBRARIES, given, load, save, warm_up
 from measuring import Measurement, evict, measure
 from raw import read, write
 from states import check_equal, empty_like, small, tensor_bytes
@@ -36,17 +36,19 @@ def _run(job: Job, *, tensors: bool) -> dict[str, Measurement]:
     needed = tensor_bytes(state) if tensors else 8 * len(state)
     if job.contender == "raw" and not tensors:
         place.mkdir()
-        saving = measure(lambda: _raw_save(state, place / "raw"))
-        loading = measure(lambda: _raw_load(target, place / "raw"), needed_bytes=needed)
+        saving: Any = partial(_raw_save, state, place / "raw")
+        loading: Any = partial(_raw_load, target, place / "raw")
     else:
-        saving = measure(lambda: save(job.contender, state, place, sync=False))
-        loading = measure(
-            lambda: load(job.contender, target, place),
-            needed_bytes=needed,
-            before=lambda: evict(place) if job.settings.cold else None,
-        )
+        saving = partial(save, job.contender, given(job.contender, state), place, sync=False)
+        loading = partial(load, job.contender, given(job.contender, target), place)
+    saved = measure(saving)
+    loaded = measure(
+        loading,
+        needed_bytes=needed,
+        before=lambda: evict(place) if job.settings.cold else None,
+    )
     check_equal(target, state)
-    return {"save": saving, "load": loading}
+    return {"save": saved, "load": loaded}
 
 
 def _raw_save(scalars: dict[str, float], path: Any) -> None:
