@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,14 @@ def test_names_are_where_programs_import_them_from(module: str) -> None:
     for name in NAMES[module]:
         assert hasattr(theirs, name), name
         assert hasattr(ours, name), name
+
+
+def test_modules_are_attributes_of_the_package() -> None:
+    """In a process of its own, where nothing else has imported them."""
+    lines = ["import shardpoint.dcp as dcp", *(f"dcp.{module}" for module in NAMES)]
+    lines += ["dcp.planner_helpers._create_read_items", "dcp.resharding", "dcp.metadata"]
+    lines += ["assert not hasattr(dcp, 'no_such_module')"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120)
 
 
 def test_a_name_that_torch_does_not_have_is_missing() -> None:

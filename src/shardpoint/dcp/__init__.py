@@ -4,6 +4,9 @@
 the same calls, and the same files on disk, in both directions.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from shardpoint.dcp._fsspec_filesystem import FsspecReader, FsspecWriter
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -62,3 +65,20 @@ __all__ = [
     "save",
     "save_state_dict",
 ]
+
+# Modules that are attributes of torch's package once it is imported, or that much code comes to
+# find there because something else has imported them.
+_MODULES = frozenset(
+    [
+        *("checkpointable", "extension", "format_utils", "planner_helpers", "resharding"),
+        *("sharding_spec", "state_dict"),
+        *("_consolidate_hf_safetensors", "_extension", "_nested_dict", "_traverse"),
+    ]
+)
+
+if not TYPE_CHECKING:  # which would take any name then
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
