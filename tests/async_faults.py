@@ -57,6 +57,7 @@ __all__ = [
     "kill_saver_of_two",
     "kill_savers",
     "kill_training",
+    "odd_moments",
 ]
 
 PROCESS = AsyncCheckpointerType.PROCESS
@@ -508,6 +509,87 @@ def fail_everywhere(
     raise AssertionError("not reached")
 
 
+class _Signalled(dcp.DefaultSavePlanner):
+    """Sends the saving process what schedulers send to all processes of a job."""
+
+    def create_local_plan(self) -> Any:
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), name)
+        return super().create_local_plan()
+
+
+class _Talkative(dcp.DefaultSavePlanner):
+    """Logs from several threads while the save goes on."""
+
+    def finish_plan(self, new_plan: Any) -> Any:
+        def talk() -> None:
+            for _ in range(200):
+                logging.getLogger("shardpoint.tests").warning("x" * 5000)
+
+        threads = [threading.Thread(target=talk) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        self._threads = threads
+        return super().finish_plan(new_plan)
+
+    def resolve_data(self, write_item: Any) -> Any:
+        for thread in self._threads:
+            thread.join()
+        return super().resolve_data(write_item)
+
+
+def odd_moments(folder: str) -> dict[str, Any]:
+    """Save under circumstances that are rare; return what came of each."""
+    found: dict[str, Any] = {}
+
+    def attempt(planner: Any, name: str = "odd") -> str:
+        return error_of(lambda: begin(Path(folder, name), STATES["new"], planner).result(_LIMIT))
+
+    with forked_savers():
+        found["signals"] = attempt(_Signalled())
+        heard = _Heard()
+        logging.getLogger("shardpoint.tests").addHandler(heard)
+        found["records"] = (attempt(_Talkative()), heard.count)
+        logging.getLogger("shardpoint.tests").removeHandler(heard)
+        logger = logging.getLogger("shardpoint.dcp.state_dict_saver")
+        logger.setLevel(logging.INFO)
+        logging.getLogger("shardpoint").setLevel(logging.INFO)
+        logger.addFilter(_refuse)
+        found["half-way"] = attempt(None)
+        logger.removeFilter(_refuse)
+        logging.getLogger("shardpoint").setLevel(logging.NOTSET)
+        found["after that"] = attempt(None, "after")
+        found["state"] = state_at(Path(folder, "after"), STATES)
+        process = _async_process._process
+        assert process is not None
+        os.kill(process._process.pid, signal.SIGKILL)
+        process._process.wait()
+        barrier = threading.Barrier(8)
+
+        def start() -> Any:
+            barrier.wait(_LIMIT)
+            return _async_process.start_process()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            started = [pool.submit(start) for _ in range(8)]
+        found["started"] = len({id(future.result()) for future in started})
+        found["children"] = held()["children"]
+        close_saver()
+    return found
+
+
+class _Heard(logging.Handler):
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert record.getMessage() == "x" * 5000
+        self.count += 1
+
+
+def _refuse(record: logging.LogRecord) -> bool:
+    raise ValueError("a filter of the program fails")
+
+
 def _settle_threads() -> None:
     """Wait for threads of saves that are done: a future is told before its thread ends."""
     for thread in threading.enumerate():
@@ -516,39 +598,41 @@ def _settle_threads() -> None:
 
 
 def _held_by(process: int) -> tuple[list[str], int]:
-    """Return what open descriptors another process has lead to, and how many threads it has."""
+    """Return what a process's open descriptors lead to, and how many threads it has."""
     place = Path("/proc", str(process))
     links = []
-    for entry in (place / "fd").iterdir():
-        with contextlib.suppress(OSError):
-            links.append(os.readlink(entry))
-    return sorted(links), len(list((place / "task").iterdir()))
+    for entry in os.listdir(place / "fd"):
+        with contextlib.suppress(OSError):  # the one with which they are listed
+            links.append(os.readlink(place / "fd" / entry))
+    return sorted(links), len(os.listdir(place / "task"))
 
 
-def held() -> dict[str, int]:
-    """Return how much this process holds of whatever could leak."""
-    _settle_threads()
-    gc.collect()
-    links, threads = _held_by(os.getpid())
-    tasks = Path("/proc/self/task").iterdir()
+def held(process: int | None = None) -> dict[str, int]:
+    """Return how much this process, or another, holds of whatever could leak."""
+    if process is None:
+        _settle_threads()
+        gc.collect()
+    place = Path("/proc", str(process or os.getpid()))
+    links, threads = _held_by(process or os.getpid())
+    tasks = (place / "task").iterdir()
     children = [(task / "children").read_text().split() for task in tasks]
+    pages = int((place / "statm").read_text().split()[1])
     return {
         "descriptors": len(links),
         "memory files": sum("shardpoint-staging" in link for link in links),
-        "TCP sockets": len(_tcp_sockets() & set(links)),
-        "threads": threads,
-        "Python threads": threading.active_count(),
-        "children": sum(map(len, children)),
         "shared mappings": sum(
             "/dev/shm/" in line or "/memfd:" in line
-            for line in Path("/proc/self/maps").read_text().splitlines()
+            for line in (place / "maps").read_text().splitlines()
         ),
-        "kilobytes": int(Path("/proc/self/statm").read_text().split()[1])
-        * (os.sysconf("SC_PAGE_SIZE") // 1024),
+        "TCP sockets": len(_tcp_sockets() & set(links)),
+        "threads": threads,
+        "children": sum(map(len, children)),
+        "kilobytes": pages * (os.sysconf("SC_PAGE_SIZE") // 1024),
     }
 
 
 def _tcp_sockets() -> set[str]:
+    """Return all of the system, as descriptors name them."""
     found = set()
     for table in ("tcp", "tcp6"):
         path = Path("/proc/net", table)

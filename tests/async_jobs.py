@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import shardpoint.dcp as dcp
+from async_faults import held
 from dcp_states import blank, build, differences, values
 from shardpoint.dcp import _async_process
 from shardpoint.dcp.staging import DefaultStager, StagingOptions
@@ -205,8 +207,11 @@ class DyingPlanner(dcp.DefaultSavePlanner):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dying_process(folder: str, bad_rank: int) -> list[str]:
-    """The saving process of one rank is killed: what the future raises; the next one works."""
+def dying_process(folder: str, bad_rank: int) -> list[Any]:
+    """The saving process of one rank is killed: what the future raises; the next one works.
+
+    Then fork: return also what errors that gave in the child, to which no saver belongs.
+    """
     planner = DyingPlanner() if dist.get_rank() == bad_rank else dcp.DefaultSavePlanner()
     state = {f"x{dist.get_rank()}": torch.ones(3)}
     future = dcp.async_save(
@@ -214,7 +219,24 @@ def dying_process(folder: str, bad_rank: int) -> list[str]:
     )
     first = caught(future.result)
     again = dcp.async_save(state, checkpoint_id=f"{folder}/good", async_checkpointer_type=PROCESS)
-    return [first, caught(again.result)]
+    second = caught(again.result)
+    errors = _errors_in_a_fork(Path(folder, f"{dist.get_rank()}.notes"))
+    once_more = dcp.async_save(
+        state, checkpoint_id=f"{folder}/good", async_checkpointer_type=PROCESS
+    )
+    return [first, second, errors, caught(once_more.result)]
+
+
+def _errors_in_a_fork(notes: Path) -> str:
+    ignored: list[Any] = []
+    with patch.object(sys, "unraisablehook", lambda what: ignored.append(repr(what))):
+        child = os.fork()
+        if child == 0:
+            ignored += [] if saver_process() is None else ["it is still there"]
+            notes.write_text("".join(ignored))
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return notes.read_text()
 
 
 def failing_stage(folder: str, form: str, bad_rank: int) -> str:
@@ -270,30 +292,41 @@ def group_destroyed(folder: str) -> None:
         future.result()
 
 
-def residue(folder: str, form: str, count: int) -> tuple[int, int, int]:
-    """Save many times; return how many descriptors, threads and kilobytes there are more."""
+def residue(folder: str, form: str, count: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Save many times, every fifth time in vain: rank 1 fails.
+
+    Return what this process holds more in the end, and what its saving process does.
+    """
     kind = AsyncCheckpointerType(form)
 
     def once(number: int) -> None:
         state = {f"t{i}": torch.full((1000,), float(i)) for i in range(20)}
         state["number"] = number  # type: ignore[assignment]
-        dcp.async_save(
-            state, checkpoint_id=f"{folder}/{number % 3}", async_checkpointer_type=kind
-        ).result()
+        fails = number % 5 == 4
+        is_bad = fails and dist.get_rank() == 1
+        planner = FailingPlanner() if is_bad else dcp.DefaultSavePlanner()
+        future = dcp.async_save(
+            state,
+            checkpoint_id=f"{folder}/{number % 3}",
+            planner=planner,
+            async_checkpointer_type=kind,
+        )
+        assert ("no data today" in caught(future.result)) == fails
 
-    for number in range(8):
+    def all_held() -> tuple[dict[str, int], dict[str, int]]:
+        saver = saver_process()
+        return held(), {} if saver is None else held(saver)
+
+    for number in range(10):
         once(number)
-    before = _held()
+    before = all_held()
     for number in range(count):
         once(number)
-    after = _held()
-    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
-
-
-def _held() -> tuple[int, int, int]:
-    files = len(os.listdir("/proc/self/fd"))
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return files, threading.active_count(), pages * os.sysconf("SC_PAGE_SIZE") // 1024
+    after = all_held()
+    return tuple(  # type: ignore[return-value]
+        {name: now[name] - then[name] for name in now}
+        for now, then in zip(after, before, strict=True)
+    )
 
 
 def saver_process() -> int | None:

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from async_faults import Outcome, fail_everywhere, kill_saver_of_two, kill_savers, kill_training
+from async_faults import (
+    Outcome,
+    fail_everywhere,
+    kill_saver_of_two,
+    kill_savers,
+    kill_training,
+    odd_moments,
+)
 from crash_support import NOTHING
 from ranks import RankPool
 from shardpoint.dcp import _async_process, _pending
@@ -161,6 +168,15 @@ def test_a_failing_call_is_told_and_leaves_the_old_or_the_new_state(
     assert kilobytes < 16 << 10
 
 
+def test_rare_moments_of_the_saving_process(own_pool: RankPool, tmp_path: Path) -> None:
+    (found,) = own_pool.run(1, odd_moments, str(tmp_path))
+    assert found["signals"] == ""  # it ends with the training, not before
+    assert found["records"] == ("", 800)
+    assert "a filter of the program fails" in found["half-way"]
+    assert (found["after that"], found["state"]) == ("", "new")
+    assert (found["started"], found["children"]) == (1, 1)
+
+
 # How the two processes speak
 
 
@@ -200,9 +216,13 @@ def test_a_process_that_is_gone_is_noticed_where_another_holds_its_end(
 def test_what_a_process_said_before_its_end_is_heard(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
-    channel, there = Channel(ends[0], lambda: False), Channel(ends[1], lambda: True)
-    there.send(b"last words")
-    assert channel.receive() == b"last words"
+    there = Channel(ends[1], lambda: True)
+
+    def is_alive() -> bool:
+        there.send(b"last words")
+        return False
+
+    assert Channel(ends[0], is_alive).receive() == b"last words"
 
 
 def test_closing_is_noticed_where_a_forked_process_holds_this_end(

@@ -15,14 +15,10 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 
 from shardpoint.coordination import Coordinator, SingleProcess
-from shardpoint.dcp._async_process import (
-    GuardedCoordinator,
-    save_guarded,
-    save_in_process,
-    start_process,
-)
+from shardpoint.dcp._async_process import save_in_process, start_process
 from shardpoint.dcp._background_group import background_coordinator
 from shardpoint.dcp._file_system import StoragePlace, is_known
+from shardpoint.dcp._guarded_coordinator import GuardedCoordinator, save_guarded
 from shardpoint.dcp._pending import begin, settle
 from shardpoint.dcp._process_group import Timeout
 from shardpoint.dcp._state import call_state_dict
