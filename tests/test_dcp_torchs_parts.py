@@ -324,3 +324,34 @@ def test_names_of_either_package_mean_the_same() -> None:
         assert {ours: 1}[torchs_index] == {torchs_index: 1}[ours] == 1
     assert our_metadata.MetadataIndex("key", (1,)) != torch_metadata.MetadataIndex("key", (2,))
     assert our_metadata.MetadataIndex("key") != "key"
+
+
+class Seeing(dcp.DefaultSavePlanner):
+    """A planner of ours that torch's save calls."""
+
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        plan.items.sort(key=lambda item: item.index.fqn)
+        return plan
+
+
+def test_our_planners_and_writer_serve_torchs_save_and_load(tmp_path: Path) -> None:
+    """And what is written then names no class of ours."""
+    for number, given in enumerate(
+        [
+            {"planner": dcp.DefaultSavePlanner()},
+            {"planner": Seeing(flatten_state_dict=True)},
+            {"storage_writer": dcp.FileSystemWriter(tmp_path / "2")},
+            {"planner": Seeing(), "storage_writer": dcp.FileSystemWriter(tmp_path / "3")},
+        ]
+    ):
+        place = tmp_path / str(number)
+        torch_dcp.save(state(2), **given, checkpoint_id=place, no_dist=True)
+        assert b"shardpoint" not in (place / ".metadata").read_bytes()
+        for planner in (None, dcp.DefaultLoadPlanner()):
+            target = state(0)
+            torch_dcp.load(target, checkpoint_id=place, planner=planner, no_dist=True)
+            assert differences(target, state(2)) == []
+        target = state(0)
+        dcp.load(target, checkpoint_id=place)
+        assert differences(target, state(2)) == []

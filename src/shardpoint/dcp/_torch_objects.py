@@ -20,7 +20,7 @@ import torch
 from shardpoint.dcp import metadata, planner
 from shardpoint.dcp._lazy_list import LazyList
 
-__all__ = ["TORCHS_PACKAGE", "ours", "torchs"]
+__all__ = ["TORCHS_PACKAGE", "is_torchs_object", "ours", "torchs"]
 
 TORCHS_PACKAGE = "torch.distributed.checkpoint"
 
@@ -45,6 +45,12 @@ _LEAVES = frozenset(
         *(torch.dtype, torch.layout, torch.memory_format),
     ]
 )
+
+
+def is_torchs_object(value: object) -> bool:
+    """Whether a value is of one of torch's classes that are translated."""
+    module = type(value).__module__
+    return module.startswith(f"{TORCHS_PACKAGE}.") and module.rpartition(".")[2] in _NAMES
 
 
 def ours(value: Any) -> Any:
@@ -85,6 +91,8 @@ class _Translation:
             for module, names in _NAMES.items()
             for name in names
         }
+        # Programs put objects of the one package into those of the other.
+        self._targets |= {made: made for made in self._targets.values()}
         self._fields = {
             kind: [
                 (name, name not in _OPAQUE.get(kind.__name__, ()))

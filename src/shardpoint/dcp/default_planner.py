@@ -15,6 +15,7 @@ from shardpoint.dcp._metadata_view import index_of, metadata_of
 from shardpoint.dcp._objects import read_object, write_object
 from shardpoint.dcp._paths import Paths
 from shardpoint.dcp._state import flatten_state, materialize_meta_tensors, set_at
+from shardpoint.dcp._torch_objects import is_torchs_object, torchs
 from shardpoint.dcp._write_items import (
     WriteTable,
     columns_of,
@@ -90,6 +91,7 @@ class DefaultSavePlanner(SavePlanner):
         self.mappings: dict[str, tuple[str | int, ...]] = {}
         self.state_dict: STATE_DICT_TYPE = {}
         self.is_coordinator = False
+        self._serves_torch = False
 
     def set_up_planner(
         self,
@@ -101,11 +103,15 @@ class DefaultSavePlanner(SavePlanner):
             state_dict, self.mappings = flatten_state(state_dict)
         self.state_dict = state_dict
         self.is_coordinator = is_coordinator
+        # Then it is torch's save that calls, whose files must not name classes of ours.
+        self._serves_torch = is_torchs_object(storage_meta)
 
     def create_local_plan(self) -> SavePlan:
         plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)
         if self.flatten_state_dict:
             plan = dataclasses.replace(plan, planner_data=Paths(self.mappings))
+        if self._serves_torch:
+            plan = torchs(dataclasses.replace(plan, planner_data=self.mappings))
         self.plan = plan
         return plan
 
@@ -132,7 +138,9 @@ class DefaultSavePlanner(SavePlanner):
             index = dataclasses.replace(index_of(metadata), paths=paths)
             metadata = metadata_of(index, None)
         self.metadata = metadata
-        return self.global_plan, metadata
+        if self._serves_torch:
+            self.global_plan, self.metadata = torchs(self.global_plan), torchs(metadata)
+        return self.global_plan, self.metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         self.plan = new_plan

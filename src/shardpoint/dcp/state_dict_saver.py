@@ -33,7 +33,7 @@ from shardpoint.dcp._process_group import Timeout, coordinator_for
 from shardpoint.dcp._save_planning import cache_of, plan_together
 from shardpoint.dcp._signatures import accepted
 from shardpoint.dcp._state import call_state_dict
-from shardpoint.dcp._torch_objects import ours
+from shardpoint.dcp._torch_objects import is_torchs_object, ours
 from shardpoint.dcp._torch_parts import saving_parts
 from shardpoint.dcp._write_results import bytes_of
 from shardpoint.dcp.api import checkpoint_exceptions
@@ -348,8 +348,9 @@ def _save(
     )
     if isinstance(finished, CheckpointIndex):
         return metadata_of(finished, _StorageInfo)
-    saved: Metadata = ours(finished)  # where planner and writer are torch's, it is torch's, too
-    return saved
+    if is_torchs_object(finished):  # planner and writer are torch's, too
+        finished = ours(finished)
+    return finished
 
 
 def _abort(run: _Save) -> None:
