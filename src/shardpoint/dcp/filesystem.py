@@ -268,10 +268,11 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         buckets = self._buckets(columns)
         if self._writes_images:
             buckets = list(without_repeated_keys(buckets, columns))
-        files = {
-            f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": rows
-            for number, rows in enumerate(buckets)
-        }
+        ends = [f"{number}{DEFAULT_SUFFIX}" for number in range(len(buckets))]
+        prefix = plan.storage_data.prefix
+        if not self.is_coordinator:
+            prefix = committing.own_prefix(self.storage, prefix, self.rank or 0, ends)
+        files = {prefix + end: rows for end, rows in zip(ends, buckets, strict=True)}
         make_ready_for_threads()
         writer = RowWriter(
             self.storage,
@@ -319,6 +320,18 @@ class FileSystemWriter(StoragePlace, StorageWriter, BlockingAsyncStager):
         except ShardpointError as error:  # the save itself is done; the next one cleans up
             logger.warning("%s: the replaced checkpoint's files remain: %s", self.path, error)
         self._end_turn()
+
+    def clean_up(self, index: CheckpointIndex, *, coordinator_rank: int) -> None:
+        """Remove what a save that counts has replaced, on a rank that did not commit it."""
+        try:
+            committing.remove_own_elsewhere(
+                self.storage,
+                set(index.files),
+                rank=self.rank or 0,
+                coordinator_rank=coordinator_rank,
+            )
+        except ShardpointError as error:
+            logger.warning("%s: the replaced checkpoint's files remain: %s", self.path, error)
 
     def _commit(self, index: CheckpointIndex) -> set[str]:
         """Write index and metadata; return the files that make up the checkpoint."""

@@ -240,6 +240,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         write_full_files(source, self.storage, numbers, places, sync=self.sync_files)
         self._written += places.values()
 
+    def clean_up(self, index: CheckpointIndex, *, coordinator_rank: int) -> None:
+        """Do nothing: all ranks write into one folder, and the coordinator cleans it up."""
+
     def abort(self) -> None:
         """Remove what this rank has written of a save that failed on some rank.
 

@@ -340,6 +340,8 @@ def _save(
             ):
                 _abort(run)
             raise
+    if not coordinator.is_coordinator and isinstance(finished, CheckpointIndex):
+        _clean_up(run, finished)
     times.append(time.perf_counter())
     logger.info(
         "saved %d bytes of this rank's: plan %.3f s, write %.3f s, commit %.3f s",
@@ -351,6 +353,11 @@ def _save(
     if is_torchs_object(finished):  # planner and writer are torch's, too
         finished = ours(finished)
     return finished
+
+
+def _clean_up(run: _Save, index: CheckpointIndex) -> None:
+    if isinstance(run.writer, FileSystemWriter):
+        run.writer.clean_up(index, coordinator_rank=run.coordinator.coordinator_rank)
 
 
 def _abort(run: _Save) -> None:

@@ -22,6 +22,7 @@ from shardpoint.formats.native_index import (
 )
 from shardpoint.index import CheckpointIndex
 from shardpoint.storage.base import Claim, Storage
+from shardpoint.storage.local import LocalStorage
 
 __all__ = [
     "METADATA_NAME",
@@ -32,7 +33,9 @@ __all__ = [
     "holds_any",
     "index_for",
     "new_token",
+    "own_prefix",
     "rank_metadata_name",
+    "remove_own_elsewhere",
     "remove_replaced",
 ]
 
@@ -114,6 +117,19 @@ def data_prefix(rank: int, token: str) -> str:
     return f"__{rank}_{token}"
 
 
+def own_prefix(storage: Storage, prefix: str, rank: int, ends: Collection[str]) -> str:
+    """Return a prefix for a rank's files, the one that the coordinator chose if it can be.
+
+    The coordinator has looked whether names are free, but in its own folder. On disks that are
+    not shared a rank may have files of a save that the coordinator's folder knows nothing of.
+    """
+    if prefix != data_prefix(rank, "") or not isinstance(storage, LocalStorage):
+        return prefix  # nobody has such names, or all see the same
+    if any(storage.has(prefix + end) for end in ends):
+        return data_prefix(rank, f"{secrets.token_hex(4)}_")
+    return prefix
+
+
 def commit(
     storage: Storage, name: str, metadata: bytes, *, index: tuple[str, bytes] | None, sync: bool
 ) -> None:
@@ -182,3 +198,23 @@ def remove_replaced(storage: Storage, keep: Collection[str], *, rank: int | None
             stale = stale if own else None
         if stale or (rank is None and (_RANK_METADATA.fullmatch(name) or is_index_name(name))):
             storage.remove(name)
+
+
+def remove_own_elsewhere(
+    storage: Storage, keep: Collection[str], *, rank: int, coordinator_rank: int
+) -> None:
+    """Remove this rank's data files of replaced saves, where nobody else can.
+
+    That is on disks that are not shared with the coordinator, which cleans up its own folder.
+
+    Parameters
+    ----------
+    keep
+        The files of the checkpoint that counts now.
+    """
+    if not isinstance(storage, LocalStorage):
+        return  # remote stores are the same for all
+    of_coordinator = data_prefix(coordinator_rank, "")
+    sign = next((name for name in keep if name.startswith(of_coordinator)), METADATA_NAME)
+    if not storage.has(sign):
+        remove_replaced(storage, keep, rank=rank)
