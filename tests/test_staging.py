@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import io
+import os
+import re
 from collections import OrderedDict, UserDict, defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,6 +219,62 @@ def test_large_tensors_are_copied_whole() -> None:
     state = {"x": torch.arange(20_000_000), "y": torch.arange(9_000_001.0)}
     staged = BlockingAsyncStager().stage(state)
     assert all(torch.equal(staged[key], state[key]) for key in state)
+
+
+SHARED = StagingOptions(
+    use_pinned_memory=False,
+    use_shared_memory=True,
+    use_async_staging=False,
+    use_non_blocking_copy=False,
+)
+
+
+def test_new_shared_memory_is_written_through_its_file_and_touched_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pwrite, written = os.pwrite, []
+
+    def partly(file: int, data: Any, offset: int) -> int:
+        written.append(offset)
+        return pwrite(file, memoryview(data).cast("B")[: 3 << 20], offset)
+
+    monkeypatch.setattr(os, "pwrite", partly)
+    state = {"x": torch.arange(9_000_000), "y": torch.arange(70_001.0), "z": torch.ones(3)}
+    for number in range(2):
+        staged: Any = DefaultStager(SHARED).stage(state)
+        assert all(torch.equal(staged[key], state[key]) for key in state), number
+        assert bool(written) == (number == 0)
+        written.clear()
+        del staged
+        gc.collect()
+
+
+def test_shared_memory_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(StorageError, match="cannot copy the state to shared memory: No space"):
+        DefaultStager(SHARED).stage({"x": torch.ones(1_000_000)})
+
+
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (5, 14),
+    reason="the kernel cannot be asked for it",
+)
+def test_pages_written_through_the_file_can_be_mapped_before_the_next_copy() -> None:
+    slab = _slabs.lease(8 << 20, shared=True, pinned=False).slab
+    assert slab.file is not None
+    os.pwrite(slab.file, b"x" * slab.size, 0)
+
+    def resident() -> int:
+        found = Path("/proc/self/smaps").read_text().partition(f"{slab.address:x}-")[2]
+        return 1024 * int(re.findall(r"Rss: +(\d+) kB", found)[0])
+
+    before = resident()
+    slab.is_untouched = False
+    slab.map_pages()
+    assert (before, resident()) == (0, slab.size)
 
 
 def test_file_system_writer_is_a_stager_that_can_be_copied() -> None:

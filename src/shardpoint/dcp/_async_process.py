@@ -129,6 +129,8 @@ class _Process:
             assert slab.file is not None
             self.channel.send_file(slab.file)
         self.channel.send(message)
+        for _, slab in new:
+            slab.map_pages()  # the next copy will want them
         is_done, value = self._serve(coordinator)
         # a save that failed may have failed at mapping them
         self._sent = set(slabs) if is_done else set()

@@ -8,6 +8,7 @@ on most machines.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import mmap
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 _GRANULE = 2 << 20  # a huge page
+_POPULATE_READ = 22  # madvise(2)
 _numbers = itertools.count()
 
 
@@ -48,6 +50,9 @@ class Slab:
         Whether an accelerator can copy to it without a detour.
     address
         Where it lies in this process.
+    is_untouched
+        Whether it is shared and its pages are not there yet. The first copy is then faster by
+        way of `file`, which needs neither zeros in a new page nor a fault for it.
     """
 
     def __init__(self, size: int, *, shared: bool, pinned: bool) -> None:
@@ -55,6 +60,7 @@ class Slab:
         self.size = max(-(-size // _GRANULE), 1) * _GRANULE
         self.shared = shared
         self.file: int | None = None
+        self.is_untouched = shared
         try:
             self.memory = self._mapped()
         except OSError as error:
@@ -80,6 +86,26 @@ class Slab:
         except OSError as error:  # a kernel without them
             logger.debug("no huge pages for staging: %s", error)
         return memory
+
+    def map_pages(self) -> None:
+        """Let this process see pages that were written by way of `file`.
+
+        A copy into them would do so one by one; this is for when nobody waits.
+        """
+        if _madvise is not None and not self.is_untouched:
+            # Systems before Linux 5.14 do not know it: then the next copy takes longer.
+            _madvise(self.address, self.size, _POPULATE_READ)
+
+
+def _find_madvise() -> ctypes._NamedFuncPointer | None:
+    """Return the C library's function; that of `mmap.mmap` keeps other threads from running."""
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+_madvise = _find_madvise()
 
 
 def _pin(slab: Slab, address: int, size: int) -> bool:

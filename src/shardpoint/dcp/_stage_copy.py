@@ -8,8 +8,10 @@ matrix) is copied element by element instead, into memory without holes.
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shardpoint.dcp._slabs import Lease
+from shardpoint.dcp._slabs import Lease, Slab
 from shardpoint.engine.executor import default_threads, run_tasks
+from shardpoint.errors import StorageError
 
 __all__ = ["Layout", "copy_tensors", "lay_out"]
 
@@ -199,7 +202,7 @@ def copy_tensors(
         copies.append(copy)
     for device, spans in layout.spans.items():
         if device.type == "cpu":
-            _copy_on_host(spans, lease.slab.address)
+            _copy_on_host(spans, lease.slab)
         else:
             _copy_from_device(tensors, spans, memory, non_blocking)
     return copies
@@ -209,22 +212,54 @@ def _bytes_at(memory: npt.NDArray[np.uint8], offset: int, length: int) -> torch.
     return torch.frombuffer(memory, dtype=torch.uint8, count=length, offset=offset)
 
 
-def _copy_on_host(spans: _Spans, base: int) -> None:
-    table = np.stack((spans.offset + base, spans.begin, spans.length), 1)
+def _copy_on_host(spans: _Spans, slab: Slab) -> None:
+    table = np.stack((spans.offset, spans.begin, spans.length), 1)
     small = spans.length <= _SMALL
-    for to, begin, length in table[small].tolist():
-        _memmove_held(to, begin, length)
+    for offset, begin, length in table[small].tolist():
+        _memmove_held(slab.address + offset, begin, length)
+    copier = _Copier(slab)
     run_tasks(
-        _pieces(table[~small].tolist()),
+        (partial(copier.copy, *piece) for piece in _pieces(table[~small].tolist())),
         threads=default_threads(),
         name="shardpoint-stage",
     )
+    slab.is_untouched = False
 
 
-def _pieces(table: list[list[int]]) -> Iterator[Callable[[], None]]:
-    for to, begin, length in table:
+def _pieces(table: list[list[int]]) -> Iterator[tuple[int, int, int]]:
+    for offset, begin, length in table:
         for at in range(0, length, _PIECE):
-            yield partial(_memmove_alone, to + at, begin + at, min(_PIECE, length - at))
+            yield offset + at, begin + at, min(_PIECE, length - at)
+
+
+class _Copier:
+    """Copies large spans into a slab, in several threads.
+
+    New pages of shared memory cost less when they are written through its file than when they
+    are touched. The kernel lets one thread at a time write to a file, so others touch them.
+    """
+
+    def __init__(self, slab: Slab) -> None:
+        self._address = slab.address
+        self._file = slab.file if slab.is_untouched else None
+        self._writing = threading.Lock()
+
+    def copy(self, offset: int, begin: int, length: int) -> None:
+        """Copy memory of an address to an offset in the slab."""
+        if self._file is None or not self._writing.acquire(blocking=False):
+            _memmove_alone(self._address + offset, begin, length)
+            return
+        try:
+            while length:
+                source = (ctypes.c_char * length).from_address(begin)
+                count = os.pwrite(self._file, source, offset)
+                offset, begin, length = offset + count, begin + count, length - count
+        except OSError as error:
+            raise StorageError(
+                error.errno, f"cannot copy the state to shared memory: {error.strerror}"
+            ) from error
+        finally:
+            self._writing.release()
 
 
 def _copy_from_device(
