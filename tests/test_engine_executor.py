@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import traceback
@@ -164,6 +166,25 @@ def test_interrupt_in_a_task_ends_the_operation() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_tasks([interrupted] + [lambda: None] * 50, threads=3, name="interrupt")
     assert not _threads_named("interrupt")
+
+
+def test_interrupt_while_others_are_waited_for_leaves_none_at_work() -> None:
+    both = threading.Barrier(2)
+    main = threading.current_thread()
+    ended: list[bool] = []
+
+    def work() -> None:
+        both.wait()
+        if threading.current_thread() is not main:
+            time.sleep(0.05)  # the calling thread has found no more tasks by now
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([work, work], threads=2, name="waited")
+    assert ended == [True]
+    assert not _threads_named("waited")
 
 
 def test_there_are_no_more_threads_than_tasks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ class DenseReader:
         self._progress = progress
         self._verify = verify
         self._gap_ratio = gap_ratio
-        self._is_plain = segments.is_whole if verify else np.ones(len(segments), np.bool_)
+        self._is_whole = segments.is_whole
+        self._is_plain = self._is_whole if verify else np.ones(len(segments), np.bool_)
         self._scratch = memoryview(bytearray(max(_FREE_GAP, int(gap_ratio * _GROUP) + 1)))
         self._lock = threading.Lock()
         self.metadata_bytes = 0
@@ -129,7 +130,7 @@ class DenseReader:
         begin = int(segments.start[row] - segments.origin[row])
         end = begin + int(segments.length[row])
         blocks = None
-        if self._verify and not (segments.is_whole[row] and segments.checksum[row] != UNKNOWN):
+        if self._verify and not (self._is_whole[row] and segments.checksum[row] != UNKNOWN):
             blocks = blocks_of(self._index, int(segments.chunk[row]))
         pieces = list(_pieces(begin, end, blocks, self._gap_ratio))
         checksum = PiecewiseChecksum([last - first for first, last, _ in pieces])
@@ -162,7 +163,7 @@ class DenseReader:
         with self._files.use(self._name(row)) as file:
             if blocks is not None:
                 _read_blocks(file, first, into, blocks)
-            elif known and self._segments.is_whole[row]:
+            elif known and self._is_whole[row]:
                 for at in range(0, len(into), _READ):
                     block = into[at : at + _READ]
                     file.read_into(origin + first + at, [block])
@@ -196,7 +197,7 @@ class DenseReader:
             return
         segments = self._segments
         wanted = int(segments.checksum[row])
-        if self._verify and wanted != UNKNOWN and segments.is_whole[row]:
+        if self._verify and wanted != UNKNOWN and self._is_whole[row]:
             total = checksum.combined()
             if total != wanted:
                 self._fail(row, total)

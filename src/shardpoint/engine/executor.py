@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 
 __all__ = ["default_threads", "run_tasks"]
@@ -75,13 +75,18 @@ class _Run:
 
     def run(self, threads: int, name: str) -> None:
         with ThreadPoolExecutor(threads - 1, thread_name_prefix=name) as pool:
+            others: list[Future[None]] = []
             try:
                 for _ in range(threads - 1):
-                    pool.submit(self._work)
+                    others.append(pool.submit(self._work))
                 self._work()  # to wait for a thread to begin would be the longer part of short work
+                wait(others)
             except BaseException:
-                # No thread could be started: leaving the block joins the others.
+                # No thread could be started, or an interrupt came while others were waited for.
+                # They use the caller's memory and files, so they are waited for all the same;
+                # by their futures, as an interrupted `join` takes a thread for ended (3.11).
                 self._stopped = True
+                wait(others)
                 raise
         if self._failure is not None:
             failure, self._failure = self._failure, None
