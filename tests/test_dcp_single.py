@@ -345,6 +345,17 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "ckpt" / ".metadata").exists()
 
 
+@pytest.mark.parametrize("count", [10, 100_000])
+def test_freed_memory_is_named_and_not_touched(tmp_path: Path, count: int) -> None:
+    freed = torch.ones(count)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(dcp.CheckpointException, match=r"'freed'.*storage has been freed"):
+        dcp.save({"kept": torch.ones(3), "freed": freed}, checkpoint_id=tmp_path)
+    dcp.save({"freed": torch.ones(count)}, checkpoint_id=tmp_path)
+    with pytest.raises(dcp.CheckpointException, match=r"'freed'.*storage has been freed"):
+        dcp.load({"freed": freed}, checkpoint_id=tmp_path)
+
+
 def test_nothing_to_save_to_or_load_from(tmp_path: Path) -> None:
     with pytest.raises(dcp.CheckpointException, match="checkpoint_id or a storage_writer"):
         dcp.save({})

@@ -12,7 +12,14 @@ import torch
 
 from shardpoint.dcp._layouts import find_local
 from shardpoint.dcp._read_items import LocalRegions
-from shardpoint.dcp._tensors import dtype_of, host_memory, put_values, torch_dtype
+from shardpoint.dcp._tensors import (
+    NO_MEMORY,
+    dtype_of,
+    has_lost_memory,
+    host_memory,
+    put_values,
+    torch_dtype,
+)
 from shardpoint.dtypes import BY_CODE, DType
 from shardpoint.errors import PlanError
 from shardpoint.index import Tensors
@@ -41,7 +48,7 @@ class StateTargets:
     Raises
     ------
     PlanError
-        If a local tensor has not its region's shape.
+        If a local tensor has not its region's shape, or no memory.
     """
 
     def __init__(
@@ -67,8 +74,11 @@ class StateTargets:
                 and not tensor.is_conj()
                 and not tensor.is_neg()
             )
+            address = tensor.data_ptr() if is_dense else 0
+            if is_dense and not address and has_lost_memory(tensor):
+                raise PlanError(f"key {key!r}: {NO_MEMORY}")
             dense.append(is_dense)
-            self._addresses.append(tensor.data_ptr() if is_dense else 0)
+            self._addresses.append(address)
             self._sizes.append(tensor.nbytes if is_dense else 0)
         self._dense = np.array(dense, np.bool_)
         self._arrays = {size: ctypes.c_ubyte * size for size in set(self._sizes)}

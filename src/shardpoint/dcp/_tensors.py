@@ -10,9 +10,11 @@ from shardpoint.dtypes import BY_CODE, DType
 from shardpoint.errors import NotSupportedError
 
 __all__ = [
+    "NO_MEMORY",
     "dense_strides",
     "dtype_of",
     "dtype_of_array",
+    "has_lost_memory",
     "host_memory",
     "is_narrowing",
     "put_values",
@@ -24,6 +26,12 @@ _TO_TORCH: dict[int, torch.dtype] = {
     dtype.code: getattr(torch, dtype.name) for dtype in BY_CODE if hasattr(torch, dtype.name)
 }
 _FROM_TORCH: dict[torch.dtype, DType] = {t: BY_CODE[code] for code, t in _TO_TORCH.items()}
+NO_MEMORY = (
+    "the tensor's storage has been freed, as FSDP does between uses; save and load it while it "
+    "has memory"
+)
+"""What `has_lost_memory` means."""
+
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -91,6 +99,13 @@ def host_memory(tensor: torch.Tensor) -> npt.NDArray[np.generic] | None:
     carrier = _CARRIERS.get(raw.itemsize)
     array: npt.NDArray[np.generic] = (plain if carrier is None else plain.view(carrier)).numpy()
     return array.view(raw)
+
+
+def has_lost_memory(tensor: torch.Tensor) -> bool:
+    """Whether a plain tensor has elements and its storage is empty: FSDP frees some so."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    is_host = plain and tensor.is_cpu and tensor.layout is torch.strided
+    return is_host and tensor.numel() > 0 and not tensor.data_ptr()
 
 
 def wrap(array: npt.NDArray[np.generic], dtype: DType) -> torch.Tensor:

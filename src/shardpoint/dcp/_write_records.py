@@ -163,8 +163,11 @@ def _formed_records(
         variant = variants[number]
         if variant.is_complex and tensor.is_conj():
             continue
+        address = tensor.data_ptr()
+        if not address and variant.form.payload_length:
+            continue  # the other way says what is wrong
         # What `FormedRecord(...)` does, without a call in Python.
-        memory = variant.memory_at(tensor.data_ptr())
+        memory = variant.memory_at(address)
         records[row] = make_record(FormedRecord, (variant.form, memory, tensor))
         variant_of[row] = number
     return records, np.array(variant_of, np.int64), variants

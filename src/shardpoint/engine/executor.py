@@ -77,8 +77,7 @@ class _Run:
         with ThreadPoolExecutor(threads - 1, thread_name_prefix=name) as pool:
             others: list[Future[None]] = []
             try:
-                for _ in range(threads - 1):
-                    others.append(pool.submit(self._work))
+                others.extend(pool.submit(self._work) for _ in range(threads - 1))
                 self._work()  # to wait for a thread to begin would be the longer part of short work
                 wait(others)
             except BaseException:
