@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import datetime
@@ -13,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -552,6 +554,38 @@ def test_allowed_classes_are_made(protocol: int) -> None:
     assert result[:2] == [Config(0.1, [1]), Named.FIRST]
     assert result[2].restored == ("state", 1)
     assert result[3].a == 5
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_namespaces_are_bags_of_attributes(protocol: int) -> None:
+    inner = types.SimpleNamespace(x=[1, {"y": 2}])
+    value = argparse.Namespace(lr=0.5, inner=inner, same=inner, none=None)
+    found = decode(pickle.dumps(value, protocol))
+    assert found == value
+    assert found.inner is found.same
+    assert type(found.inner) is types.SimpleNamespace
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02cargparse\nNamespace\n.",  # the class itself
+        b"\x80\x02cargparse\nNamespace\n)\x81}U\x09__class__cargparse\nNamespace\nsb.",
+        b"\x80\x02cargparse\nNamespace\n)\x81}U\x09__class__U\x01asb.",
+        b"\x80\x02cargparse\nNamespace\n)\x81}U\x08__dict__K\x01sb.",
+        b"\x80\x02cargparse\nNamespace\n)\x81q\x00}U\x01ah\x00sb.",  # holds itself
+        b"\x80\x02cargparse\nNamespace\n)\x81}U\x01acos\nsystem\nsb.",
+        b"\x80\x02cargparse\nArgumentParser\n)R.",
+        b"\x80\x02cargparse\nNamespace\nq\x00"
+        + b"h\x00)\x81}U\x01a" * 5000
+        + b"K\x01"
+        + b"sb" * 5000
+        + b".",
+    ],
+)
+def test_namespaces_are_no_way_to_anything_else(data: bytes) -> None:
+    with pytest.raises(ShardpointError):
+        decode(data)
 
 
 def test_what_an_allowed_class_raises_is_a_format_error() -> None:

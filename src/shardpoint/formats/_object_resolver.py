@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -81,7 +83,22 @@ _CLASSES: Mapping[str, Any] = {
     "torch.nn.parameter.Parameter": TensorClass("torch.nn.parameter.Parameter"),
     "numpy.ndarray": NDARRAY,
 }
-_CLOSED: Mapping[str, Any] = {**CALLS, **_NUMPY_CALLS, **STORAGE_TYPES, **_TORCH_CALLS, **_CLASSES}
+# Bags of attributes and nothing more, whatever they are called with: training arguments above all.
+_NAMESPACES: Mapping[str, Any] = {
+    name: _Allowed(name, kind)
+    for name, kind in [
+        ("argparse.Namespace", argparse.Namespace),
+        ("types.SimpleNamespace", types.SimpleNamespace),
+    ]
+}
+_CLOSED: Mapping[str, Any] = {
+    **CALLS,
+    **_NUMPY_CALLS,
+    **STORAGE_TYPES,
+    **_TORCH_CALLS,
+    **_CLASSES,
+    **_NAMESPACES,
+}
 _DTYPE_NAMES = frozenset(
     {
         *BY_NAME,

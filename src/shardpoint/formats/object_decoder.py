@@ -1,7 +1,8 @@
 """Python objects out of torch.save's pickles, by a closed list of names. No code is run.
 
-What can be decoded is what training state is made of: numbers, text, bytes, containers, dates,
-paths, numpy arrays and scalars, and torch's tensors, parameters, sizes, dtypes and devices.
+What can be decoded is what training state is made of: numbers, text, bytes, containers,
+namespaces of arguments, dates, paths, numpy arrays and scalars, and torch's tensors, parameters,
+sizes, dtypes and devices.
 Everything else is refused with its name; the caller can allow a class of its own.
 
 Sources: what the standard library's classes give to pickle in protocols 2 to 5; the list that
