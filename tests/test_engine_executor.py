@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -53,6 +54,47 @@ def test_one_thread_or_one_task_runs_in_the_calling_thread() -> None:
     run_tasks([task, task, task], threads=1, name="inline")
     run_tasks([task], threads=8, name="inline")
     assert where == [threading.current_thread()] * 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="sends a signal to a thread")
+def test_an_interrupt_is_raised_only_when_all_threads_have_ended() -> None:
+    here = threading.get_ident()
+    may_end, waits = threading.Event(), threading.Event()
+    ended: list[bool] = []
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    def task() -> None:
+        if threading.get_ident() == here:
+            waits.wait(30)  # the other thread has begun: next is to wait until it ends
+            return
+        waits.set()
+        while not _is_in(here, "_join"):
+            time.sleep(0.001)
+        for number in range(1, 4):
+            signal.pthread_kill(here, signal.SIGINT)
+            while len(interrupts) < number:
+                time.sleep(0.001)
+        ended.append(may_end.wait(0.05))
+
+    usual = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_tasks([task, task], threads=2, name="interrupted")
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert ended == [False]
+    assert not _threads_named("interrupted")
+
+
+def _is_in(thread: int, function: str) -> bool:
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
 
 
 def test_calling_thread_is_one_of_those_that_work() -> None:

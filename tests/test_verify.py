@@ -23,6 +23,7 @@ from shardpoint.formats.native_index import index_name, is_index_name, stamp_of,
 from shardpoint.formats.torch_record import object_record, tensor_payload_from_bytes
 from shardpoint.index import BlockChecksums, CheckpointIndex, Objects, Payloads
 from shardpoint.storage import LocalStorage
+from shardpoint.verify import _objects as verify_objects
 
 BLOCK = 256
 PICKLE = b"\x80\x02K\x07."  # the integer 7
@@ -399,6 +400,36 @@ def test_without_an_index_torchs_own_checksums_are_compared(tmp_path: Path) -> N
         assert problem.key in ("w", "b")
         assert problem.file == file.name
         file.write_bytes(whole)
+
+
+def test_an_object_that_many_keys_name_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = make(tmp_path)
+    keys = [f"step{number}" for number in range(50)]
+    objects = index.objects
+    for name in ("file", "record_offset", "record_length", "transform"):
+        column = np.repeat(getattr(objects, name), len(keys))
+        objects = dataclasses.replace(objects, **{name: column})
+    many = dataclasses.replace(objects, keys=keys, record_checksum=None)
+    order = [*index.tensors.keys, *keys]
+    index_file(tmp_path).unlink()
+    commit(tmp_path, dataclasses.replace(index, objects=many, key_order=order), native=False)
+    asked: list[int] = []
+    decode = verify_objects.read_objects
+
+    def counting(index: Any, storage: Any, rows: Any, **options: Any) -> Any:
+        asked.extend(rows)
+        return decode(index, storage, rows, **options)
+
+    monkeypatch.setattr(verify_objects, "read_objects", counting)
+    assert shardpoint.open(tmp_path).verify().ok
+    assert len(asked) == 1
+    file = tmp_path / index.files[objects.file[0]]
+    data = file.read_bytes()
+    file.write_bytes(data.replace(PICKLE, b"\x80\x02K\x07\xff"))
+    found = {problem.key for problem in shardpoint.open(tmp_path).verify().problems}
+    assert found == set(keys)
 
 
 def test_a_huge_chunk_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 __all__ = ["default_threads", "run_tasks"]
@@ -69,24 +69,22 @@ class _Run:
     def __init__(self, first: list[Callable[[], None]], rest: Iterator[Callable[[], None]]) -> None:
         self._first = deque(first)
         self._rest = rest
-        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
+        self._helpers = 0  # threads that work, the calling one not among them
         self._stopped = False
         self._failure: BaseException | None = None
 
     def run(self, threads: int, name: str) -> None:
-        with ThreadPoolExecutor(threads - 1, thread_name_prefix=name) as pool:
-            others: list[Future[None]] = []
-            try:
-                others.extend(pool.submit(self._work) for _ in range(threads - 1))
-                self._work()  # to wait for a thread to begin would be the longer part of short work
-                wait(others)
-            except BaseException:
-                # No thread could be started, or an interrupt came while others were waited for.
-                # They use the caller's memory and files, so they are waited for all the same;
-                # by their futures, as an interrupted `join` takes a thread for ended (3.11).
-                self._stopped = True
-                wait(others)
-                raise
+        pool = ThreadPoolExecutor(threads - 1, thread_name_prefix=name)
+        try:
+            for _ in range(threads - 1):
+                pool.submit(self._help)
+            self._work()  # to wait for a thread to begin would be the longer part of short work
+        except BaseException:
+            self._stopped = True  # no thread could be started: the others are to end
+            raise
+        finally:
+            self._join(pool)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             try:
@@ -94,19 +92,52 @@ class _Run:
             finally:
                 del failure  # the traceback holds this frame: no cycle through it
 
+    def _join(self, pool: ThreadPoolExecutor) -> None:
+        """Wait until no thread is left, also if this is interrupted (Ctrl-C) meanwhile.
+
+        They would otherwise go on to move bytes from or to memory that the caller has back.
+        Threads themselves are no help: before Python 3.13 one whose ``join`` was interrupted is
+        taken for ended, and one whose beginning was is not known to the pool.
+        """
+        while True:
+            try:
+                with self._changed:
+                    self._stopped = True
+                    while self._helpers:
+                        self._changed.wait()
+                pool.shutdown()
+            except BaseException as error:  # noqa: BLE001  raised when they have ended
+                if self._failure is None:
+                    self._failure = error
+            else:
+                return
+
+    def _help(self) -> None:
+        """Work in another thread; one that comes late has nothing to do."""
+        with self._changed:
+            if self._stopped:
+                return
+            self._helpers += 1
+        try:
+            self._work()
+        finally:
+            with self._changed:
+                self._helpers -= 1
+                self._changed.notify_all()
+
     def _work(self) -> None:
         """Take tasks until there are none or one has failed."""
         try:
             while (task := self._take()) is not None:
                 task()
         except BaseException as error:  # noqa: BLE001  raised in the calling thread
-            with self._lock:
+            with self._changed:
                 self._stopped = True
                 if self._failure is None:
                     self._failure = error
 
     def _take(self) -> Callable[[], None] | None:
-        with self._lock:
+        with self._changed:
             if self._stopped:
                 return None
             if self._first:

@@ -14,7 +14,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shardpoint.errors import ForbiddenContentError, FormatError, ShardpointError
+from shardpoint.errors import (
+    ForbiddenContentError,
+    FormatError,
+    LimitExceededError,
+    ShardpointError,
+)
 from shardpoint.formats._pickle_guards import DEFAULT_LIMITS, Limits, WorkBudget, describe, measure
 from shardpoint.formats._pickle_opcodes import COLD_OPCODES, REFUSED_OPCODES, Machine, set_items
 
@@ -243,6 +248,8 @@ def _arguments(value: Any) -> tuple[Any, ...]:
 
 
 def _damaged(machine: Machine, error: Exception, position: int) -> FormatError:
+    if isinstance(error, MemoryError):
+        return LimitExceededError(f"{machine.source}, byte {position}: no memory for what it holds")
     if position >= len(machine.data):
         reason = "it is cut off"
     elif isinstance(error, KeyError) and type(error.args[0]) is int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -68,6 +69,12 @@ class _LocalFile(Closing):
                 os.close(descriptor)
             except OSError as error:
                 raise refused("close", self._path, error) from error
+
+    def __del__(self) -> None:
+        """Close what an interrupt (Ctrl-C) kept from being closed, between two statements."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
 
 
 class LocalReadableFile(_LocalFile):
