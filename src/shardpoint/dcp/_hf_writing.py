@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from shardpoint.dcp._hf_planning import HuggingFacePlan
-from shardpoint.dcp._tensors import dtype_of, host_memory
+from shardpoint.dcp._tensors import dtype_of, host_memory, refuse_lost_memory
 from shardpoint.dcp.planner import SavePlanner, WriteItem
 from shardpoint.engine.boxes import write_box
 from shardpoint.engine.executor import default_threads, run_tasks
@@ -146,6 +146,7 @@ def _host_array(planner: SavePlanner, item: WriteItem) -> npt.NDArray[Any]:
             f"key {key!r}: the plan announces {wanted[0]} of shape {wanted[1]}, resolve_data "
             f"gave {found}"
         )
+    refuse_lost_memory(key, tensor)
     array = host_memory(tensor)
     if array is None:
         array = host_memory(tensor.detach().cpu().resolve_conj().resolve_neg())

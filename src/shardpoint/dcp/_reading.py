@@ -13,7 +13,7 @@ from shardpoint.dcp._forking import make_ready_for_threads
 from shardpoint.dcp._objects import TorchFactory, object_streams, stored_objects
 from shardpoint.dcp._read_items import Reads, ReadTable
 from shardpoint.dcp._state_targets import StateTargets
-from shardpoint.dcp._tensors import dtype_of, host_memory, put_values
+from shardpoint.dcp._tensors import dtype_of, host_memory, put_values, refuse_lost_memory
 from shardpoint.dcp.default_planner import DefaultLoadPlanner
 from shardpoint.dcp.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from shardpoint.dtypes import DType
@@ -222,6 +222,7 @@ class _PlannerTarget:
                 f"key {item.dest_index.fqn!r}: resolve_tensor must give a tensor of shape "
                 f"{tuple(item.lengths)}, it gave {tuple(tensor.shape)}"
             )
+        refuse_lost_memory(item.dest_index.fqn, tensor)
         self._tensor = tensor
         return host_memory(tensor) if dtype_of(tensor.dtype) == self._dtype else None
 

@@ -10,13 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shardpoint.dcp._tensors import (
-    NO_MEMORY,
-    dense_strides,
-    dtype_of,
-    has_lost_memory,
-    host_memory,
-)
+from shardpoint.dcp._tensors import dense_strides, dtype_of, host_memory, refuse_lost_memory
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from shardpoint.engine._geometry import split_box
@@ -117,8 +111,7 @@ def _checked(item: WriteItem, data: Any) -> torch.Tensor:
             f"gave {found[0]} of shape {found[1]}; a planner that changes tensors must change "
             f"the item's tensor_data too"
         )
-    if has_lost_memory(data):
-        raise PlanError(f"key {key!r}: {NO_MEMORY}")
+    refuse_lost_memory(key, data)
     return data
 
 

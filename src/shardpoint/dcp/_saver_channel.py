@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from shardpoint.dcp._slabs import Slab, shared_slab_at
 from shardpoint.dcp._stage_state import sharded_tensor_of
-from shardpoint.errors import NotSupportedError, ShardpointError
+from shardpoint.dcp._tensors import NO_MEMORY, has_lost_memory
+from shardpoint.errors import NotSupportedError, PlanError, ShardpointError
 
 __all__ = [
     "Channel",
@@ -164,6 +165,8 @@ class _StatePickler(pickle.Pickler):
     def _tensor(self, tensor: torch.Tensor) -> Any:
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             return NotImplemented
+        if has_lost_memory(tensor):
+            raise PlanError(f"a tensor of shape {tuple(tensor.shape)}: {NO_MEMORY}")
         plain = tensor.detach().cpu().resolve_conj().resolve_neg()
         place = (plain.storage_offset(), tuple(plain.shape), plain.stride())
         return _tensor, (plain.untyped_storage(), plain.dtype, *place, tensor.requires_grad)

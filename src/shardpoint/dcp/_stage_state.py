@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shardpoint.dcp._slabs import Lease, lease
 from shardpoint.dcp._stage_copy import copy_tensors, lay_out
+from shardpoint.dcp._tensors import has_lost_memory
 from shardpoint.errors import PlanError
 
 __all__ = ["StateStager", "memory_of", "sharded_tensor_of"]
@@ -234,7 +235,11 @@ def _local(tensor: DTensor) -> torch.Tensor:
 
 def _is_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor has plain memory; others cannot be saved, which the planner says."""
-    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    return (
+        tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized)
+        and not has_lost_memory(tensor)
+    )
 
 
 def _physical(tensor: torch.Tensor) -> torch.Tensor:

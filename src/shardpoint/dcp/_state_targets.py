@@ -13,11 +13,11 @@ import torch
 from shardpoint.dcp._layouts import find_local
 from shardpoint.dcp._read_items import LocalRegions
 from shardpoint.dcp._tensors import (
-    NO_MEMORY,
+    LOWEST_ADDRESS,
     dtype_of,
-    has_lost_memory,
     host_memory,
     put_values,
+    refuse_lost_memory,
     torch_dtype,
 )
 from shardpoint.dtypes import BY_CODE, DType
@@ -75,9 +75,9 @@ class StateTargets:
                 and not tensor.is_neg()
             )
             address = tensor.data_ptr() if is_dense else 0
-            if is_dense and not address and has_lost_memory(tensor):
-                raise PlanError(f"key {key!r}: {NO_MEMORY}")
             dense.append(is_dense)
+            if address < LOWEST_ADDRESS:
+                refuse_lost_memory(key, tensor)
             self._addresses.append(address)
             self._sizes.append(tensor.nbytes if is_dense else 0)
         self._dense = np.array(dense, np.bool_)

@@ -7,9 +7,10 @@ import numpy.typing as npt
 import torch
 
 from shardpoint.dtypes import BY_CODE, DType
-from shardpoint.errors import NotSupportedError
+from shardpoint.errors import NotSupportedError, PlanError
 
 __all__ = [
+    "LOWEST_ADDRESS",
     "NO_MEMORY",
     "dense_strides",
     "dtype_of",
@@ -18,6 +19,7 @@ __all__ = [
     "host_memory",
     "is_narrowing",
     "put_values",
+    "refuse_lost_memory",
     "torch_dtype",
     "wrap",
 ]
@@ -33,6 +35,11 @@ NO_MEMORY = (
 """What `has_lost_memory` means."""
 
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+LOWEST_ADDRESS = 1 << 40
+"""Memory of a tensor that lies lower may be none: without a storage the address is an offset."""
+
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -102,10 +109,28 @@ def host_memory(tensor: torch.Tensor) -> npt.NDArray[np.generic] | None:
 
 
 def has_lost_memory(tensor: torch.Tensor) -> bool:
-    """Whether a plain tensor has elements and its storage is empty: FSDP frees some so."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    is_host = plain and tensor.is_cpu and tensor.layout is torch.strided
-    return is_host and tensor.numel() > 0 and not tensor.data_ptr()
+    """Whether a plain tensor has elements and its storage is empty: FSDP frees some so.
+
+    To touch one ends the interpreter.
+    """
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return (
+        tensor.data_ptr() < LOWEST_ADDRESS
+        and tensor.numel() > 0
+        and tensor.untyped_storage().nbytes() == 0
+    )
+
+
+def refuse_lost_memory(key: str, tensor: torch.Tensor) -> None:
+    """Raise where the tensor of a key has no memory.
+
+    Raises
+    ------
+    PlanError
+    """
+    if has_lost_memory(tensor):
+        raise PlanError(f"key {key!r}: a tensor of shape {tuple(tensor.shape)}: {NO_MEMORY}")
 
 
 def wrap(array: npt.NDArray[np.generic], dtype: DType) -> torch.Tensor:

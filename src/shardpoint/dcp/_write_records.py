@@ -15,7 +15,12 @@ from shardpoint.dcp._classes import tell_of_classes
 from shardpoint.dcp._layouts import find_local, is_checkpointable
 from shardpoint.dcp._objects import object_pickle
 from shardpoint.dcp._records import record_of, uses_default_lookup
-from shardpoint.dcp._tensors import dense_strides, dtype_of
+from shardpoint.dcp._tensors import (
+    LOWEST_ADDRESS,
+    dense_strides,
+    dtype_of,
+    refuse_lost_memory,
+)
 from shardpoint.dcp.planner import SavePlanner, WriteItem
 from shardpoint.engine.collector import collection_paused
 from shardpoint.engine.writing import AnyRecord, FormedRecord, RecordSource
@@ -164,8 +169,8 @@ def _formed_records(
         if variant.is_complex and tensor.is_conj():
             continue
         address = tensor.data_ptr()
-        if not address and variant.form.payload_length:
-            continue  # the other way says what is wrong
+        if address < LOWEST_ADDRESS:
+            refuse_lost_memory(key, tensor)
         # What `FormedRecord(...)` does, without a call in Python.
         memory = variant.memory_at(address)
         records[row] = make_record(FormedRecord, (variant.form, memory, tensor))
