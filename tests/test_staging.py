@@ -91,6 +91,19 @@ def test_strides_gradients_and_parameters_stay() -> None:
         assert torch.equal(staged[key], tensor), key
 
 
+@pytest.mark.parametrize(("shape", "strides"), [((1,), (0,)), ((2, 2), (1, 2)), ((2, 3), (3, 1))])
+def test_strides_stay_where_memory_is_shared_at_odd_places(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    base = torch.arange(400.0)
+    tensor = torch.as_strided(base, shape, strides, 3)
+    halves = torch.as_strided(base.view(torch.int16), (2,), (1,), 5)  # begins before the tensor
+    staged = BlockingAsyncStager().stage({"tensor": tensor, "halves": halves})
+    assert staged["tensor"].stride() == strides
+    assert torch.equal(staged["tensor"], tensor)
+    assert torch.equal(staged["halves"], halves)
+
+
 def test_containers_keep_their_kind_and_objects_are_copied() -> None:
     state = {
         "ordered": OrderedDict(b=torch.ones(1), a=1),

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from shardpoint.dcp._slabs import Lease, Slab
+from shardpoint.dcp._tensors import dense_strides
 from shardpoint.engine.executor import default_threads, run_tasks
 from shardpoint.errors import StorageError
 
@@ -186,11 +187,12 @@ def copy_tensors(
             copy = torch.empty_strided(shape, tensor.stride(), dtype=kind)
         elif row in dense or (row not in shared and tensor.is_contiguous()):
             copy = torch.frombuffer(memory, dtype=kind, count=shape.numel(), offset=offset)
+            strides = dense_strides(tensor) if row in dense else tensor.stride()
             copy = copy.view(shape)
+            if strides is not None and copy.stride() != strides:
+                copy = copy.as_strided(shape, strides)
             if row in dense:
                 copy.copy_(tensor, non_blocking=non_blocking)
-            elif copy.stride() != tensor.stride():  # of axes of one element
-                copy = copy.as_strided(shape, tensor.stride())
         else:
             if begin not in storages:
                 storages[begin] = _bytes_at(memory, begin, length).untyped_storage()
