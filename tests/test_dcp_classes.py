@@ -48,6 +48,7 @@ SETTINGS = f"{__name__}.Settings"
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_classes, "_told", set())
+    monkeypatch.setattr(_classes, "_fine", set())
 
 
 def test_what_torch_was_told_is_safe_loads(tmp_path: Path) -> None:
@@ -173,3 +174,25 @@ def test_added_globals_hold_for_the_process(tmp_path: Path) -> None:
         torch.serialization.clear_safe_globals()
         add_safe_globals(before)
     assert target == {"one": Point(4)}
+
+
+def test_a_save_tells_what_will_not_load_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {
+        "type": np.dtype("f4"),
+        "class": [int],
+        "sparse": (torch.eye(2).to_sparse(),),
+        "fine": (np.float32(1), torch.ones(2), collections.deque([1])),
+    }
+    with caplog.at_level(logging.WARNING):
+        dcp.save(state, checkpoint_id=tmp_path)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "cannot load these back" in told
+    assert "a numpy dtype as a value is not supported in 'type'" in told
+    assert "'fine'" not in told
+    for key in ("type", "class", "sparse"):
+        assert repr(key) in told
+        with pytest.raises(dcp.CheckpointException):
+            dcp.load({key: None}, checkpoint_id=tmp_path)
+    dcp.load({"fine": None}, checkpoint_id=tmp_path)

@@ -14,7 +14,7 @@ from shardpoint.errors import ShardpointError
 from shardpoint.formats._object_resolver import is_listed
 from shardpoint.formats.torch_record import read_object_pickle
 
-__all__ = ["is_listed", "unlisted_names"]
+__all__ = ["is_listed", "likely_names", "unlisted_names"]
 
 # GLOBAL, by which protocol 2, torch.save's, names things. Text may look like it.
 _GLOBAL = re.compile(rb"c([\w.\x80-\xff]+)\n([\w.\x80-\xff]+)\n")
@@ -46,6 +46,11 @@ def unlisted_names(record: bytes) -> list[str]:
     except ValueError:
         return []
     return [name for name in dict.fromkeys(named) if not is_listed(name)]
+
+
+def likely_names(record: bytes) -> frozenset[tuple[bytes, bytes]]:
+    """Return what look like names in a record of moderate size; others are not looked at."""
+    return frozenset(_GLOBAL.findall(record) if len(record) <= _MOST_SEARCHED else ())
 
 
 def _unlisted(data: bytes) -> Iterator[bool]:
