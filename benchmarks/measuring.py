@@ -55,7 +55,10 @@ def measure(
     needed_bytes: int | None = None,
     before: Callable[[], object] = lambda: None,
 ) -> Measurement:
-    """Run an operation once; `before` is run first, outside the measurement.
+    """Run an operation once; `before` is run right before, outside the measurement.
+
+    Where there are several ranks that has to end with a barrier: the first would wait for the
+    last otherwise, and that would be measured.
 
     The system does not count what it copies out of a mapping. Where the operation returns a
     report with ``bytes_read``, as shardpoint's ``load`` does, at least that counts as read.
