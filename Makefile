@@ -3,7 +3,7 @@
 #   make setup   .venv with everything for development
 #   make demo    trains, saves, kills, resumes: examples/demo/run.py
 #   make test    lint, all tests, and the tests of the core where torch is not installed
-#   make bench   measurements: benchmarks/run.py
+#   make bench   measurements, ARGS="--cases large --rounds 5": benchmarks/run.py
 #   make fuzz    fuzzing guided by coverage, SECONDS=600: fuzz/run.py
 #   make faults  kills and failures at every system call, with their counts
 #   make compare-faults  the same faults for torch's package and this one: faults/compare.py
@@ -75,7 +75,7 @@ test-core: $(CORE_READY)
 
 bench: $(READY)
 	@$(BIN)/python -c 'import torch_checkpointing' 2>/dev/null || $(BIN)/python $(INSTALL) -e '.[bench]'
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 fuzz: $(READY)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python $(INSTALL) -e '.[fuzz]'
