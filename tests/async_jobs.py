@@ -337,3 +337,16 @@ def saver_process() -> int | None:
 
 def options() -> StagingOptions:
     return StagingOptions(use_async_staging=False)
+
+
+def in_different_forms(folder: str) -> tuple[str, str]:
+    """Save in the process form on odd ranks and in the thread form on others, then alike."""
+    told = []
+    for forms in ((THREAD, PROCESS), (THREAD, THREAD)):
+        form = forms[dist.get_rank() % 2]
+        future = dcp.async_save(
+            {"x": torch.ones(2)}, checkpoint_id=folder, async_checkpointer_type=form, timeout=30
+        )
+        assert isinstance(future, Future)
+        told.append(str(future.exception() or ""))
+    return told[0], told[1]

@@ -164,6 +164,14 @@ def test_failure_is_told_by_the_future_and_else_by_the_next_save(
         assert [first, second, third].count("") == 2
 
 
+def test_ranks_that_save_in_different_forms_are_told_so(tmp_path: Path, own_pool: RankPool) -> None:
+    for told, later in own_pool.run(4, async_jobs.in_different_forms, str(tmp_path)):
+        assert "the ranks are not doing the same: rank 1 is in step" in told
+        assert "in the process form" in told
+        assert "in the thread form" in told
+        assert later == ""
+
+
 def test_sync_save_tells_of_a_failed_asynchronous_one(tmp_path: Path) -> None:
     planner = async_jobs.FailingPlanner()
     dcp.async_save({"x": torch.ones(1)}, checkpoint_id=tmp_path / "a", planner=planner)

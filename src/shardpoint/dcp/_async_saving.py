@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
-from shardpoint.coordination import Coordinator, SingleProcess
+from shardpoint.coordination import Coordinator, SingleProcess, agree
 from shardpoint.dcp._async_process import save_in_process, start_process
 from shardpoint.dcp._background_group import background_coordinator
 from shardpoint.dcp._file_system import StoragePlace, is_known
@@ -22,6 +22,7 @@ from shardpoint.dcp._guarded_coordinator import GuardedCoordinator, save_guarded
 from shardpoint.dcp._pending import begin, settle
 from shardpoint.dcp._process_group import Timeout
 from shardpoint.dcp._state import call_state_dict
+from shardpoint.dcp.api import checkpoint_exceptions
 from shardpoint.dcp.default_planner import DefaultSavePlanner
 from shardpoint.dcp.metadata import STATE_DICT_TYPE, Metadata
 from shardpoint.dcp.planner import SavePlanner
@@ -167,7 +168,11 @@ class _Background:
     in_process: bool
 
     def run(self, staged: StateGiver) -> Metadata:
+        form = AsyncCheckpointerType.PROCESS if self.in_process else AsyncCheckpointerType.THREAD
         try:
+            with checkpoint_exceptions():
+                # Ranks in different forms would go on to speak past one another.
+                agree(self.coordinator, f"begin, in the {form.value} form", lambda: None)
             if not self.in_process:
                 return self.save(self.request, staged, self.coordinator)
             guarded = GuardedCoordinator(self.coordinator)
