@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 JOURNAL_NAME = ".shardpoint-replacing.json"
-MAX_JOURNAL_BYTES = 64 << 20
-"""Room for the files of a save by far larger than any."""
+MAX_JOURNAL_BYTES = 32 << 20
+"""Room for some 400,000 files."""
 
 _VERSION = 1
 _FULL = r"model-\d{5,9}-of-\d{5,9}\.safetensors"
@@ -75,7 +75,13 @@ class Journal:
     save_id: str
 
     def encode(self) -> bytes:
-        """Return the file's content."""
+        """Return the file's content.
+
+        Raises
+        ------
+        LimitExceededError
+            If it is more than is ever read.
+        """
         content = {
             "format": "shardpoint-replacing",
             "version": _VERSION,
@@ -84,7 +90,9 @@ class Journal:
             "files": self.files,
             "remove": self.removed,
         }
-        return json.dumps(content, indent=1).encode()
+        data = json.dumps(content, separators=(",", ":")).encode()
+        _check_size(data)
+        return data
 
     @property
     def finals(self) -> dict[str, str]:
@@ -137,10 +145,9 @@ def decode_journal(data: bytes) -> Journal:
     FormatError
         If it is not what its format says, or names a file that no save writes.
     """
-    if len(data) > MAX_JOURNAL_BYTES:
-        raise LimitExceededError(
-            f"file {JOURNAL_NAME!r} has {len(data)} bytes: at most {MAX_JOURNAL_BYTES} are read"
-        )
+    _check_size(data)
+    if data.count(b"[") > 2 or data.count(b"{") > 1:
+        _fail("holds more than two lists")  # which may take many times their bytes of memory
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -161,6 +168,13 @@ def decode_journal(data: bytes) -> Journal:
     if len({*finals, *removed}) != len(finals) + len(removed):
         _fail("names a file twice")
     return Journal(is_committed, files, removed, save_id)
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_JOURNAL_BYTES:
+        raise LimitExceededError(
+            f"file {JOURNAL_NAME!r} has {len(data)} bytes: at most {MAX_JOURNAL_BYTES} are read"
+        )
 
 
 def _names(content: dict[str, Any], key: str) -> tuple[str, ...]:
