@@ -15,6 +15,7 @@ from pathlib import Path
 from targets import CORPUS, KEY, STAMP
 
 import shardpoint
+from shardpoint.formats.huggingface_journal import Journal, temporary_name
 from shardpoint.formats.native_index import write_index
 from shardpoint.formats.torch_record import read_object_pickle
 from shardpoint.transforms import AesGcm, ShuffleZstd
@@ -32,6 +33,7 @@ def main() -> int:
         "object_pickle": _pickles(),
         "torch_save": _files("torch_save_w1/ckpt/*.pt"),
         "safetensors": _files("hf_*/ckpt/**/*.safetensors"),
+        "journal": _journals(),
         "frames": _frames(),
     }.items():
         folder = CORPUS / target
@@ -56,6 +58,16 @@ def _indexes() -> Iterator[bytes]:
     for case in ("plain_w1", "optim_w1", "dtensor_2d_w4", "fsdp2_w2", "zstd_w2"):
         index = shardpoint.open(FIXTURES / "public" / "2.13.0" / case / "ckpt").index
         yield write_index(index, STAMP)
+
+
+def _journals() -> Iterator[bytes]:
+    """Of saves that count and that do not, with full files and with shards."""
+    full = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    shards = tuple(f"sharded/shard-{rank:05d}-{full[0]}" for rank in range(1, 4))
+    for names in (full, shards, (*shards, "model.safetensors.index.json")):
+        temporaries = tuple(temporary_name(name, "0123456789abcdef") for name in names)
+        yield Journal(True, temporaries, ("model.safetensors",), "a save").encode()
+        yield Journal(False, names, (), "another").encode()
 
 
 def _files(pattern: str) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from shardpoint.engine.opening import open_index
 from shardpoint.formats.checksum import crc32
 from shardpoint.formats.dcp_metadata import read_metadata
+from shardpoint.formats.huggingface_journal import decode_journal
 from shardpoint.formats.native_index import read_index, stamp_of
 from shardpoint.formats.object_decoder import NumpyFactory, decode_object
 from shardpoint.formats.safetensors import read_header
@@ -84,6 +85,11 @@ def safetensors(data: bytes) -> None:
     read_header(read_at, len(data), file="f")
 
 
+def journal(data: bytes) -> None:
+    """The journal of a save of safetensors files."""
+    decode_journal(data)
+
+
 def frames(data: bytes) -> None:
     """What a transform has made of a record: the first byte says which transform."""
     decode(
@@ -111,6 +117,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         object_pickle,
         torch_save,
         safetensors,
+        journal,
         frames,
     )
 }

@@ -47,6 +47,17 @@ class StorageConformance:
         assert storage.exists()
         assert storage.list() == []
 
+    def test_what_changes_with_a_file_stays_the_same_without(self, ready: Storage) -> None:
+        for look in (ready.version, ready.written):
+            assert look("a") is None
+            ready.replace("a", b"one", sync=False)
+            before = look("a")
+            assert before is not None
+            assert look("a") == before
+            ready.replace("a", b"longer", sync=False)
+            assert look("a") != before
+            ready.remove("a")
+
     def test_one_folder_is_listed_without_what_is_below(self, storage: Storage) -> None:
         assert storage.list_folder() == []
         assert storage.list_folder("a") == []

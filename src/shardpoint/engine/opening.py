@@ -174,15 +174,16 @@ def noticing_replacement(index: CheckpointIndex, storage: Storage) -> Iterator[N
     # The names of safetensors files are the same in every save: what was read may be of two.
     is_fixed = index.source == "huggingface" and bool(index.metadata_files)
     watched = watched_file(index.metadata_files) if is_fixed else _METADATA
+    look = storage.written if is_fixed else storage.version
     try:
         yield
     except ShardpointError as error:
-        if index.version_read is None or storage.version(watched) == index.version_read:
+        if index.version_read is None or look(watched) == index.version_read:
             raise
         cause = error
     else:
         known = index.version_read if is_fixed else None
-        if known is None or storage.version(watched) == known:
+        if known is None or look(watched) == known:
             return
     raise ConcurrentSaveError(
         f"the checkpoint at {storage.location!r} was replaced by another save while it was "

@@ -287,6 +287,9 @@ def _carry_out(
     if sync:
         storage.sync()
     storage.remove(JOURNAL_NAME)
+    if sync and journal.removed:
+        # Else it might be back after a power loss, and remove what has been written there since.
+        storage.sync()
 
 
 def _clear(storage: Storage, journal: Journal) -> None:

@@ -46,14 +46,14 @@ def open_safetensors(
         index_name, files = choose_files(seen, name, None if is_journaled else names)
         names = None
         watched = watched_file([index_name] if index_name else files)
-        version = seen.version(watched)
+        version = seen.written(watched)
         try:
             index = read_files(seen, index_name, files)
         except ShardpointError:
-            if seen.version(watched) == version and storage.has(JOURNAL_NAME) == is_journaled:
+            if seen.written(watched) == version and storage.has(JOURNAL_NAME) == is_journaled:
                 raise
             continue
-        if seen.version(watched) == version:
+        if seen.written(watched) == version:
             return replace(index, version_read=version), seen
     raise ConcurrentSaveError(
         f"the files in {storage.location!r} are replaced by one save after the other: open it again"

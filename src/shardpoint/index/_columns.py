@@ -249,8 +249,8 @@ class CheckpointIndex:
         What a planner stored in place of paths: plain values only. `paths` then has the
         entries that are paths all the same, or is None.
     version_read
-        What `Storage.version` said, before it was read, of ``.metadata``, or of the safetensors
-        file that a save replaces first; None where it was not asked.
+        What `Storage.version` said of ``.metadata`` before it was read, or `Storage.written` of
+        the safetensors file that a save replaces first; None where it was not asked.
     """
 
     tensors: Tensors

@@ -244,6 +244,19 @@ class Storage(ABC):
         """
         return self.size(name)
 
+    def written(self, name: str) -> Hashable:
+        """Return what changes when a file gets other content; None if there is no such file.
+
+        Like `version`, without what a store may change by itself, such as the number that a
+        mounted object store makes up for a file each time. A rename does not change it, where
+        that does not copy.
+
+        Raises
+        ------
+        UnsafePathError, StorageError
+        """
+        return self.version(name)
+
     def claim(self, *, shared: bool) -> Claim:
         """Keep others from writing to the place until the claim is released.
 

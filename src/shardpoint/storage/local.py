@@ -124,6 +124,11 @@ class LocalStorage(Storage):
         found = self._stat(name)
         return None if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
 
+    def written(self, name: str) -> Hashable:
+        """Return the file's size and time; see `Storage.written`."""
+        found = self._stat(name)
+        return None if found is None else (found.st_size, found.st_mtime_ns)
+
     def claim(self, *, shared: bool) -> Claim:
         """Lock the folder, where its file system can; see `Storage.claim`."""
         try:

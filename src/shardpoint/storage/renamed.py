@@ -76,6 +76,10 @@ class RenamedStorage(Storage):
         """Return what changes with a file; see `Storage.version`."""
         return self._first(name, self._storage.version)
 
+    def written(self, name: str) -> Hashable:
+        """Return what changes with a file's content; see `Storage.written`."""
+        return self._first(name, self._storage.written)
+
     def open(self, name: str) -> ReadableFile:
         """Open a file for reading; see `Storage.open`."""
         *earlier, last = self._places(name) or (None,)

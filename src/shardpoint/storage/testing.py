@@ -105,6 +105,10 @@ class CountingStorage(Storage):
         """Pass on; not counted."""
         return self._storage.version(name)
 
+    def written(self, name: str) -> Hashable:
+        """Pass on; not counted."""
+        return self._storage.written(name)
+
     def claim(self, *, shared: bool) -> Claim:
         """Pass on."""
         self.note("claim", "", 0, 0)
