@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import shardpoint
 from engine_support import request, sink_of
 from fixture_support import PUBLIC, Fixture, assert_same_array, public_fixtures
+from shardpoint.engine import unfinished
 from shardpoint.engine.objects import read_object_records, read_objects
 from shardpoint.engine.opening import open_index
 from shardpoint.engine.reading import read_object, read_tensors
@@ -397,3 +399,14 @@ def test_all_objects_are_read_but_the_bad_ones() -> None:
     assert list(failures) == [bad]
     assert repr(index.objects.keys[bad]) in str(failures[bad])
     assert set(values) == set(rows) - {bad}
+
+
+@pytest.mark.parametrize("place", ["nul\0byte", "\ud800"])
+def test_what_is_no_path_is_not_found_also_while_a_save_goes_on(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(unfinished, "_waits", [waited.append])
+    with pytest.raises(CheckpointNotFoundError):
+        shardpoint.open(place)
+    assert not waited

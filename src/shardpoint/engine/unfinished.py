@@ -41,7 +41,11 @@ def wait_until_written(place: object) -> None:
     if not _waits or getattr(_this_thread, "is_writer", False):
         return
     text = os.fspath(place) if isinstance(place, os.PathLike) else place
-    if isinstance(text, str) and text:
+    if not isinstance(text, str) or not text:
+        return
+    try:
         spelled = same_spelling(text)
-        for wait in _waits:
-            wait(spelled)
+    except ValueError:  # what cannot be a path: opening it says so
+        return
+    for wait in _waits:
+        wait(spelled)
