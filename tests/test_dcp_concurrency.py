@@ -147,6 +147,15 @@ def test_a_reader_that_is_overtaken_is_told(tmp_path: Path) -> None:
     assert shardpoint.open(tmp_path)["n"] == 2.0
 
 
+def test_a_reader_whose_checkpoint_is_removed_is_told(tmp_path: Path) -> None:
+    dcp.save(state(1.0), checkpoint_id=tmp_path)
+    checkpoint = shardpoint.open(tmp_path)
+    for file in list(tmp_path.iterdir()):
+        file.unlink()
+    with pytest.raises(ConcurrentSaveError, match="was removed while it was read"):
+        checkpoint["w"]
+
+
 class OvertakenReader(dcp.FileSystemReader):
     """Another job saves between this load's planning and its reading."""
 

@@ -27,7 +27,7 @@ from shardpoint.dcp._file_system_storage import FileSystemStorage
 from shardpoint.dcp.extension import ZStandard
 from shardpoint.dcp.filesystem import FileSystem, FileSystemBase
 from shardpoint.dcp.format_utils import dcp_to_torch_save
-from shardpoint.errors import CheckpointExistsError, PlanError
+from shardpoint.errors import CheckpointExistsError, PlanError, ShardpointError, StorageError
 from shardpoint.storage import LocalStorage, Storage, storage_at
 from storage_conformance import StorageConformance
 
@@ -381,6 +381,16 @@ class TestFileSystemStorage(StorageConformance):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
         return FileSystemStorage(TheirFileSystem(), tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("place", ["a\0b", "\ud800"])
+def test_a_place_that_no_file_can_have_is_an_error_of_ours(place: str) -> None:
+    for act in (ours.save, ours.load):
+        with pytest.raises(ours.CheckpointException, match="can be no file's name") as caught:
+            act({"a": torch.ones(1)}, checkpoint_id=place)
+        assert isinstance(caught.value.causes[0], StorageError)
+    with pytest.raises(ShardpointError):
+        shardpoint.open(place)
 
 
 @pytest.mark.parametrize("place", [b"folder", 5, 0, ["a"], Path])

@@ -122,8 +122,11 @@ def test_place_that_is_a_file_is_refused(place: Path) -> None:
     storage = LocalStorage(place.parent / "outside")
     assert not storage.exists()
     assert storage.list() == []
-    with pytest.raises(StorageError, match="outside"):
+    with pytest.raises(StorageError, match="outside': a file has that name"):
         storage.prepare()
+    (place.parent / "dangling").symlink_to("nowhere")
+    with pytest.raises(StorageError, match="a link that leads nowhere has that name"):
+        LocalStorage(place.parent / "dangling").prepare()
 
 
 def test_create_does_not_write_through_a_link(place: Path) -> None:

@@ -185,6 +185,11 @@ def noticing_replacement(index: CheckpointIndex, storage: Storage) -> Iterator[N
         known = index.version_read if is_fixed else None
         if known is None or look(watched) == known:
             return
+    if not storage.has(watched):
+        raise ConcurrentSaveError(
+            f"the checkpoint at {storage.location!r} was removed while it was read: its "
+            f"{watched!r} is gone"
+        ) from cause
     raise ConcurrentSaveError(
         f"the checkpoint at {storage.location!r} was replaced by another save while it was "
         f"read: open it again, and what is read then is the new one"

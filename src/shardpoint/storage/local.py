@@ -318,6 +318,11 @@ class LocalStorage(Storage):
             return
         try:
             os.makedirs(folder, exist_ok=True)
+        except FileExistsError as error:
+            what = "a link that leads nowhere" if os.path.islink(folder) else "a file"
+            raise StorageError(
+                errno.EEXIST, f"cannot create folder {folder!r}: {what} has that name"
+            ) from error
         except OSError as error:
             raise refused("create folder", folder, error) from error
         with self._lock:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardpoint.errors import NotSupportedError
+from shardpoint.errors import NotSupportedError, StorageError
 from shardpoint.storage.base import Storage
 from shardpoint.storage.local import LocalStorage
 
@@ -24,7 +25,22 @@ def is_url(place: str) -> bool:
 
 
 def local_path(place: str) -> str | None:
-    """Return the path of a place in the local file system; None for other URLs."""
+    """Return the path of a place in the local file system; None for other URLs.
+
+    Raises
+    ------
+    StorageError
+        If no file can have that name.
+    """
+    try:
+        is_possible = b"\0" not in os.fsencode(place)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        raise StorageError(
+            errno.EINVAL,
+            f"{place!r} can be no file's name: it holds a NUL or what cannot be encoded",
+        )
     for protocol in _LOCAL_PROTOCOLS:
         if place.startswith(protocol):
             return place[len(protocol) :]
