@@ -140,20 +140,25 @@ def _torch_counted() -> Iterator[list[int]]:
 
 @contextmanager
 def _shardpoint_counted() -> Iterator[list[int]]:
+    """Count what goes over the wire: messages are filled up to one size."""
+    from shardpoint.dcp import _process_group
     from shardpoint.dcp._process_group import ProcessGroupCoordinator as Group
+
+    def on_wire(payload: bytes) -> int:
+        return max(_process_group._FRAME, _process_group._HEADER + len(payload))
 
     sizes: list[int] = []
     gather, scatter = Group.gather, Group.scatter
 
     def counted_gather(self: Any, payload: bytes) -> Any:
         if self._step.endswith("plan"):
-            sizes.append(len(payload))
+            sizes.append(on_wire(payload))
         return gather(self, payload)
 
     def counted_scatter(self: Any, payloads: Any) -> Any:
         result = scatter(self, payloads)
         if self._step.endswith("plan"):
-            sizes.append(len(result))
+            sizes.append(on_wire(result))
         return result
 
     with (
