@@ -96,6 +96,18 @@ def test_what_torch_cannot_make_is_an_error_of_the_checkpoint(call: Any, tmp_pat
         read_object(record, key="odd", allowed={})
 
 
+@pytest.mark.parametrize(
+    "call",
+    [(torch.device, ("evil",)), (torch.serialization._get_layout, ("torch.nn",))],
+    ids=["device", "layout"],
+)
+def test_so_it_is_in_a_file_of_torch_save(call: Any, tmp_path: Path) -> None:
+    torch.save({"odd": Reduced(*call)}, tmp_path / "saved.pt")
+    with pytest.raises(CheckpointException, match="key 'odd': holds what torch") as caught:
+        dcp.load({"odd": None}, checkpoint_id=tmp_path / "saved.pt", no_dist=True)
+    assert isinstance(caught.value.causes[0], FormatError)
+
+
 class Reduced:
     """Pickles as a call that nothing real is saved as."""
 

@@ -16,6 +16,7 @@ from shardpoint.dcp._safe_globals import with_safe_globals
 from shardpoint.dcp._tensors import dtype_of_array, wrap
 from shardpoint.dtypes import DType
 from shardpoint.engine.objects import read_object_records, read_objects
+from shardpoint.errors import FormatError, ShardpointError
 from shardpoint.formats.number_pickles import UNKNOWN_PICKLE, number_of
 from shardpoint.formats.object_decoder import (
     DeviceValue,
@@ -128,7 +129,8 @@ def stored_objects(
         verify=verify,
         finder=finder,
     ):
-        yield row, _to_torch(value) if index.objects.keys[row] in given else value
+        key = index.objects.keys[row]
+        yield row, _given(key, value) if key in given else value
 
 
 def object_streams(
@@ -146,10 +148,26 @@ def object_streams(
     values, keys = index.objects.values, index.objects.keys
     given = [row for row in rows if keys[row] in values]
     for row in given:
-        yield row, write_object(_to_torch(values[keys[row]]))
+        yield row, write_object(_given(keys[row], values[keys[row]]))
     stored = [row for row in rows if keys[row] not in values]
     for row, record in read_object_records(index, storage, stored, verify=verify, finder=finder):
         yield row, io.BytesIO(record)
+
+
+def _given(key: str, value: Any) -> Any:
+    """Turn a value of the container's own header into torch's.
+
+    Raises
+    ------
+    FormatError
+        If torch has no such value: a device of a kind that it does not know, say.
+    """
+    try:
+        return _to_torch(value)
+    except ShardpointError:
+        raise
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(f"key {key!r}: holds what torch cannot make: {error}") from error
 
 
 def _to_torch(value: Any) -> Any:
