@@ -20,7 +20,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import shardpoint.dcp as dcp
-from async_faults import held
+from async_faults import held, more_than
 from dcp_states import blank, build, differences, values
 from shardpoint.dcp import _async_process
 from shardpoint.dcp.staging import DefaultStager, StagingOptions
@@ -313,20 +313,13 @@ def residue(folder: str, form: str, count: int) -> tuple[dict[str, int], dict[st
         )
         assert ("no data today" in caught(future.result)) == fails
 
-    def all_held() -> tuple[dict[str, int], dict[str, int]]:
-        saver = saver_process()
-        return held(), {} if saver is None else held(saver)
-
     for number in range(10):
         once(number)
-    before = all_held()
+    saver = saver_process()
+    before, saver_before = held(), held(saver) if saver else {}
     for number in range(count):
         once(number)
-    after = all_held()
-    return tuple(  # type: ignore[return-value]
-        {name: now[name] - then[name] for name in now}
-        for now, then in zip(after, before, strict=True)
-    )
+    return more_than(before), more_than(saver_before, saver) if saver else {}
 
 
 def saver_process() -> int | None:

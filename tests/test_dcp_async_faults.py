@@ -72,7 +72,7 @@ def test_a_killed_saving_process_is_told_by_the_next_save_and_by_the_future(
         assert outcome.left is False, "it is a zombie, or still there"
     _check_turn(outcomes, "old" if overwrite else NOTHING)
     kilobytes = more.pop("kilobytes")
-    assert not any(more.values()), more
+    assert not any(count > 0 for count in more.values()), more
     assert kilobytes < 16 << 10
 
 
@@ -162,9 +162,10 @@ def test_a_failing_call_is_told_and_leaves_the_old_or_the_new_state(
         assert outcome.garbage == ()
     assert failed[0].found == before
     # A saving process that lived through a failure holds what it held before.
-    assert [outcome.left for outcome in outcomes] == [outcomes[0].left] * len(outcomes)
+    for outcome in outcomes:
+        assert outcome.left == outcomes[0].left, [call for call in outcome.calls if "!" in call]
     kilobytes = more.pop("kilobytes")
-    assert not any(more.values()), more
+    assert not any(count > 0 for count in more.values()), more
     assert kilobytes < 16 << 10
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.metadata import Metadata
 from shardpoint.engine.unfinished import is_writer, register
-from shardpoint.errors import ShardpointError
+from shardpoint.errors import RankFailedError, ShardpointError
 from shardpoint.storage.places import same_spelling
 
 __all__ = [
@@ -157,6 +157,8 @@ def let_go(error: BaseException) -> None:
             seen.add(id(link))
             traceback.clear_frames(link.__traceback__)
             chain += [link.__cause__, link.__context__]
+            if isinstance(link, RankFailedError):
+                chain += link.causes.values()
 
 
 def _raising(error: BaseException) -> Callable[[], Metadata]:
