@@ -123,8 +123,8 @@ class Replacement:
             # A file of whole tensors counts without the index, too: the first rename commits.
             for name in names:
                 self.storage.rename(self.places[name], name)
-            if sync:
-                self.storage.sync()
+                if sync:  # each: an index alone must not be what a power loss leaves
+                    self.storage.sync()
             return
         journal = Journal(True, tuple(self.places.values()), tuple(stale), self._save_id)
         self.storage.replace(JOURNAL_NAME, journal.encode(), sync=sync)
