@@ -389,7 +389,10 @@ def test_without_an_index_torchs_own_checksums_are_compared(tmp_path: Path) -> N
     """Bytes of all members; what lies between them has no checksum."""
     index = make(tmp_path)
     index_file(tmp_path).unlink()
-    assert shardpoint.open(tmp_path).verify().ok
+    report = shardpoint.open(tmp_path).verify()
+    assert report.ok
+    assert "no native index" in " ".join(report.notes)
+    assert shardpoint.open(tmp_path).verify(quick=True).notes == ()
     file = tmp_path / index.files[0]
     whole = file.read_bytes()
     for name in (b"archive/data.pkl", b"archive/version", b".data/serialization_id"):

@@ -52,6 +52,11 @@ def check_native(index: CheckpointIndex, storage: Storage, *, quick: bool) -> Na
         names = [name for name in storage.list_folder() if is_index_name(name)]
         if names:
             _check_all(index, storage, names, result, quick=quick)
+        elif not quick:
+            # Its absence is no damage, torch writes none, but somebody may have removed one.
+            result.notes.append(
+                "there is no native index: what was compared is what torch's own CRC-32 covers"
+            )
     except ShardpointError as error:
         result.problems.append(problem_of(error, None, _METADATA, None))
     return result
