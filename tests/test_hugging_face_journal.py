@@ -415,6 +415,12 @@ def test_a_reader_that_is_overtaken_is_told(
             with pytest.raises(ConcurrentSaveError, match="open it again"):
                 _ = checkpoint["large"]
         assert found_in(folder) == "new"
+        with shardpoint.open(folder) as checkpoint:
+            shutil.copytree(folder, tmp_path / "kept")
+            shutil.rmtree(folder)
+            with pytest.raises(ConcurrentSaveError, match="was removed while it was read"):
+                _ = checkpoint["large"]
+        (tmp_path / "kept").rename(folder)
     # A file that merely has another number, as mounted object stores give them, is the same one.
     index = tmp_path / "full" / "model.safetensors.index.json"
     with shardpoint.open(tmp_path / "full") as checkpoint:

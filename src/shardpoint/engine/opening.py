@@ -185,7 +185,9 @@ def noticing_replacement(index: CheckpointIndex, storage: Storage) -> Iterator[N
         known = index.version_read if is_fixed else None
         if known is None or look(watched) == known:
             return
-    if not storage.has(watched):
+    # Of safetensors files, others than the new ones are removed: only if none is left it is gone.
+    is_gone = not storage.has(watched)
+    if is_gone and not (is_fixed and find_files(storage, storage.list_folder())):
         raise ConcurrentSaveError(
             f"the checkpoint at {storage.location!r} was removed while it was read: its "
             f"{watched!r} is gone"
