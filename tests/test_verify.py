@@ -435,6 +435,25 @@ def test_an_object_that_many_keys_name_is_decoded_once(
     assert found == set(keys)
 
 
+def test_a_record_that_many_keys_name_is_compared_once(tmp_path: Path) -> None:
+    arrays = {f"k{number}": np.ones(5000, np.float32) for number in range(20)}
+    chunks = [chunk for key in arrays for chunk in grid(key, (5000,), [[]])]
+    index = save(LocalStorage(tmp_path), arrays, chunks)
+    same = {
+        name: np.full_like(column, column[0])
+        for name in ("file", "record_offset", "record_length")
+        for column in (getattr(index.chunks, name),)
+    }
+    index = dataclasses.replace(index, chunks=dataclasses.replace(index.chunks, **same))
+    commit(tmp_path, index, native=False)
+    report = shardpoint.open(tmp_path).verify()
+    assert report.ok, str(report)
+    assert report.bytes_read < 5 * 20_000
+    file = tmp_path / index.files[0]
+    flip(file, file.read_bytes().index(np.ones(9, np.float32).tobytes()) + 100)
+    assert not shardpoint.open(tmp_path).verify().ok
+
+
 def test_a_huge_chunk_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = make(tmp_path)
     monkeypatch.setattr(checksumming, "_PIECE", 100)
