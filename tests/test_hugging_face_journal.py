@@ -403,6 +403,18 @@ def test_the_second_of_two_savers_is_told(tmp_path: Path) -> None:
     assert FULL.garbage(tmp_path) == ()
 
 
+def test_a_reader_never_gets_values_of_the_save_that_overtook_it(tmp_path: Path) -> None:
+    for kind in ("full", "shards"):
+        folder, job = tmp_path / kind, HuggingFaceJob(kind)
+        job.save(folder, "old", {})
+        names = sorted(contents(folder))
+        with shardpoint.open(folder) as checkpoint:
+            job.save(folder, "next", {})  # every file has the name and the size that it had
+            assert sorted(contents(folder)) == names
+            with pytest.raises(ConcurrentSaveError, match="open it again"):
+                _ = checkpoint["large"]
+
+
 def test_a_reader_that_is_overtaken_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
