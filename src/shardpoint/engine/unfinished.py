@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shardpoint.errors import StorageError
 from shardpoint.storage.places import same_spelling
 
 __all__ = ["is_writer", "register", "wait_until_written"]
@@ -45,7 +46,7 @@ def wait_until_written(place: object) -> None:
         return
     try:
         spelled = same_spelling(text)
-    except ValueError:  # what cannot be a path: opening it says so
+    except StorageError:  # what cannot be a path: opening it says so
         return
     for wait in _waits:
         wait(spelled)
