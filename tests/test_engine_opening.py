@@ -98,9 +98,8 @@ def test_nothing_there_tells_what_was_looked_for(tmp_path: Path) -> None:
         open_index(tmp_path)
     for looked_for in (str(tmp_path), ".metadata", "__<rank>.metadata", "safetensors", ".pt"):
         assert looked_for in str(caught.value)
-    for text in ("", "a\0b"):
-        with pytest.raises(CheckpointNotFoundError):
-            open_index(text)
+    with pytest.raises(CheckpointNotFoundError):
+        open_index("")
     with pytest.raises(NotSupportedError, match="s3://"):
         open_index("s3://bucket/step-1")
 
@@ -402,11 +401,11 @@ def test_all_objects_are_read_but_the_bad_ones() -> None:
 
 
 @pytest.mark.parametrize("place", ["nul\0byte", "\ud800"])
-def test_what_is_no_path_is_not_found_also_while_a_save_goes_on(
+def test_what_can_be_no_path_is_said_also_while_a_save_goes_on(
     monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     waited: list[str] = []
     monkeypatch.setattr(unfinished, "_waits", [waited.append])
-    with pytest.raises(CheckpointNotFoundError):
+    with pytest.raises(StorageError, match="can be no file's name"):
         shardpoint.open(place)
     assert not waited

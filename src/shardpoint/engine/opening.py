@@ -244,7 +244,7 @@ def _locate(path: PathLike, options: Mapping[str, Any] | None) -> tuple[Storage,
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"a path must be a str or os.PathLike of str, not {type(text).__name__}")
-    if "\0" in text or not text:
+    if not text:
         raise CheckpointNotFoundError(f"there is nothing at {text!r}")
     local = local_path(text)
     if local is None:
