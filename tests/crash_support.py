@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -353,3 +353,21 @@ class _Native:
 
 
 NATIVE: Job = _Native()
+
+
+class Left(Protocol):
+    """What a fault left: see `state_at` for what was found after it and after one more save."""
+
+    found: str
+    found_next: str
+    garbage: tuple[str, ...]
+
+
+def check_turn(outcomes: Sequence[Left], before: str) -> None:
+    """Check that the old state was found up to one call, and the new one from there on."""
+    found = [outcome.found for outcome in outcomes]
+    turn = found.index("new")
+    assert 0 < turn < len(found)
+    assert found == [before] * turn + ["new"] * (len(found) - turn)
+    assert [outcome.found_next for outcome in outcomes] == ["next"] * len(outcomes)
+    assert [outcome.garbage for outcome in outcomes] == [()] * len(outcomes)

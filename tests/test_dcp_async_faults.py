@@ -23,7 +23,7 @@ from async_faults import (
     kill_training,
     odd_moments,
 )
-from crash_support import NOTHING
+from crash_support import NOTHING, check_turn
 from ranks import RankPool
 from shardpoint.dcp import _async_process, _pending
 from shardpoint.dcp._saver_channel import Channel, LostPeerError
@@ -39,16 +39,6 @@ def _report(what: str, outcomes: Sequence[Outcome], stride: int) -> None:
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     which = "each" if stride == 1 else f"one in {stride}"
     print(f"\n{what} {len(outcomes) - 1} times, at {which} of {kinds.total()} calls ({counts})")
-
-
-def _check_turn(outcomes: Sequence[Outcome], before: str) -> None:
-    """Check that the old state was found up to one call, and the new one from there on."""
-    found = [outcome.found for outcome in outcomes]
-    turn = found.index("new")
-    assert 0 < turn < len(found)
-    assert found == [before] * turn + ["new"] * (len(found) - turn)
-    assert [outcome.found_next for outcome in outcomes] == ["next"] * len(outcomes)
-    assert [outcome.garbage for outcome in outcomes] == [()] * len(outcomes)
 
 
 @pytest.mark.parametrize(("overwrite", "torn"), [(False, False), (True, True)])
@@ -70,7 +60,7 @@ def test_a_killed_saving_process_is_told_by_the_next_save_and_by_the_future(
         assert why in outcome.told_next
         assert len(outcome.calls) == number * stride + 1  # it died of this call
         assert outcome.left is False, "it is a zombie, or still there"
-    _check_turn(outcomes, "old" if overwrite else NOTHING)
+    check_turn(outcomes, "old" if overwrite else NOTHING)
     kilobytes = more.pop("kilobytes")
     assert not any(count > 0 for count in more.values()), more
     assert kilobytes < 16 << 10
@@ -98,7 +88,7 @@ def test_a_killed_saving_process_of_one_of_two_ranks_is_named_on_both(
             assert "this save was not begun" in outcome.told_next
             assert why in outcome.told_next
         if victim == 0 or ALL:
-            _check_turn(outcomes, "old" if overwrite else NOTHING)
+            check_turn(outcomes, "old" if overwrite else NOTHING)
         assert [outcome.garbage for outcome in outcomes] == [()] * len(outcomes)
 
 
@@ -116,7 +106,7 @@ def test_a_killed_training_leaves_no_saving_process_and_a_whole_checkpoint(
     assert not finished.told
     assert {outcome.told for outcome in killed} == {"killed by signal 9"}
     assert {outcome.left for outcome in killed} <= {0, 1}
-    _check_turn(outcomes, "old" if overwrite else NOTHING)
+    check_turn(outcomes, "old" if overwrite else NOTHING)
 
 
 CASES = [

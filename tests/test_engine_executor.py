@@ -9,6 +9,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -80,14 +82,20 @@ def test_an_interrupt_is_raised_only_when_all_threads_have_ended() -> None:
                 time.sleep(0.001)
         ended.append(may_end.wait(0.05))
 
-    usual = signal.signal(signal.SIGINT, interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_tasks([task, task], threads=2, name="interrupted")
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    with _on_interrupt(interrupt), pytest.raises(KeyboardInterrupt):
+        run_tasks([task, task], threads=2, name="interrupted")
     assert ended == [False]
     assert not _threads_named("interrupted")
+
+
+@contextmanager
+def _on_interrupt(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Have interrupts handled so; shells may have them ignored."""
+    usual = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _is_in(thread: int, function: str) -> bool:
@@ -223,12 +231,8 @@ def test_interrupt_while_others_are_waited_for_leaves_none_at_work() -> None:
             time.sleep(0.05)
             ended.append(True)
 
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may have it ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_tasks([work, work], threads=2, name="waited")
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    with _on_interrupt(signal.default_int_handler), pytest.raises(KeyboardInterrupt):
+        run_tasks([work, work], threads=2, name="waited")
     assert ended == [True]
     assert not _threads_named("waited")
 

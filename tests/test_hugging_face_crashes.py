@@ -19,8 +19,8 @@ import pytest
 
 import shardpoint.dcp as dcp
 from crash_hugging_face import HuggingFaceJob, found_in
-from crash_kills import RETURNED, Outcome, fail_one_of_two, kill_everywhere, kill_one_of_two
-from crash_support import LOOKS, NOTHING, Failer, Trace, interposed
+from crash_kills import RETURNED, fail_one_of_two, kill_everywhere, kill_one_of_two
+from crash_support import LOOKS, NOTHING, Failer, Trace, check_turn, interposed
 from power_loss import PowerLoss
 from ranks import RankPool
 from shardpoint.errors import ShardpointError, StorageError
@@ -58,15 +58,6 @@ def _report(what: str, kinds: Sequence[str]) -> None:
     print(f"\n{what}: {len(kinds)} calls ({counts})")
 
 
-def _check(outcomes: Sequence[Outcome], before: str) -> None:
-    found = [outcome.found for outcome in outcomes]
-    turn = found.index("new")
-    assert 0 < turn < len(found)
-    assert found == [before] * turn + ["new"] * (len(found) - turn)
-    assert [outcome.found_next for outcome in outcomes] == ["next"] * len(outcomes)
-    assert [outcome.garbage for outcome in outcomes] == [()] * len(outcomes)
-
-
 @pytest.mark.parametrize(("kind", "overwrite"), CASES)
 def test_a_kill_leaves_the_old_or_the_new_files(
     pool: RankPool, tmp_path: Path, kind: str, overwrite: bool
@@ -77,7 +68,7 @@ def test_a_kill_leaves_the_old_or_the_new_files(
     )
     _report(f"{kind}: killed before each of", kinds)
     assert all(outcome.killed for outcome in outcomes[:-1])
-    _check(outcomes, "old" if overwrite else NOTHING)
+    check_turn(outcomes, "old" if overwrite else NOTHING)
     turn = [outcome.found for outcome in outcomes].index("new")
     assert kinds[turn - 1] == "rename"
 
@@ -93,7 +84,7 @@ def test_a_kill_of_one_of_two_ranks_leaves_the_old_or_the_new_files(
     print(f"\n{kind}: rank {victim} of 2 killed before each of {len(outcomes) - 1} calls")
     assert len(outcomes) > 3
     assert all(outcome.raised for outcome in outcomes[:-1])
-    _check(outcomes, "old" if overwrite else NOTHING)
+    check_turn(outcomes, "old" if overwrite else NOTHING)
 
 
 @pytest.mark.skipif(not ALL, reason="takes long: make faults")

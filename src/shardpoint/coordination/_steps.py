@@ -12,7 +12,7 @@ from shardpoint.coordination._protocol import Coordinator
 from shardpoint.coordination._wire import Shared, WireReader, WireWriter
 from shardpoint.errors import RankFailedError, RankLostError, ShardpointError
 
-__all__ = ["agree", "broadcast_result", "gather_scatter"]
+__all__ = ["agree", "broadcast_result", "gather_scatter", "portable"]
 
 Local = TypeVar("Local")
 Result = TypeVar("Result")
@@ -225,14 +225,17 @@ def _packed(
     return pickle.dumps(_portable(failure)), failure
 
 
-def _portable(failure: _Failure) -> _Failure:
-    """Return the failure, with a stand-in for an exception that does not survive pickling."""
+def portable(error: BaseException) -> BaseException:
+    """Return the error, or a stand-in for one that does not survive pickling."""
     try:
-        pickle.loads(pickle.dumps(failure))  # noqa: S301  many pickle but do not come back
+        pickle.loads(pickle.dumps(error))  # noqa: S301  many pickle but do not come back
     except Exception:  # noqa: BLE001
-        cause = failure.cause
-        return _Failure(ShardpointError(f"{type(cause).__name__}: {cause}"), failure.stack)
-    return failure
+        return ShardpointError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _portable(failure: _Failure) -> _Failure:
+    return _Failure(portable(failure.cause), failure.stack)
 
 
 def _plain(payload: bytes | ShardpointError) -> object:

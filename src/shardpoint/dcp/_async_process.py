@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shardpoint.coordination import Coordinator
+from shardpoint.coordination import Coordinator, portable
 from shardpoint.dcp import _pending
 from shardpoint.dcp._metadata_view import metadata_of
 from shardpoint.dcp._saver_channel import (
@@ -29,7 +29,6 @@ from shardpoint.dcp._saver_channel import (
     dump_state,
     is_in_shared_memory,
     load_state,
-    portable,
 )
 from shardpoint.dcp._slabs import Slab
 from shardpoint.dcp._stage_state import StateStager, memory_of

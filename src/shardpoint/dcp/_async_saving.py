@@ -29,7 +29,7 @@ from shardpoint.dcp.planner import SavePlanner
 from shardpoint.dcp.staging import AsyncStager, BlockingAsyncStager
 from shardpoint.dcp.storage import StorageWriter
 from shardpoint.errors import PlanError
-from shardpoint.storage.places import local_path
+from shardpoint.storage.places import local_path, path_text
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "SaveRequest", "start_save"]
 
@@ -94,9 +94,7 @@ class SaveRequest:
         place: object = self.checkpoint_id
         if place is None:
             place = getattr(self.storage_writer, "checkpoint_id", None)
-        if isinstance(place, os.PathLike):
-            place = os.fspath(place)
-        return place if isinstance(place, str) else None
+        return path_text(place)
 
 
 def start_save(

@@ -6,8 +6,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from shardpoint.coordination import Coordinator
-from shardpoint.dcp._saver_channel import portable
+from shardpoint.coordination import Coordinator, portable
 from shardpoint.dcp.api import CheckpointException, checkpoint_exceptions
 from shardpoint.dcp.metadata import Metadata
 from shardpoint.errors import RankFailedError, RankLostError, ShardpointError

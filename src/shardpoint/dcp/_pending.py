@@ -15,7 +15,7 @@ from shardpoint.dcp.api import CheckpointException
 from shardpoint.dcp.metadata import Metadata
 from shardpoint.engine.unfinished import is_writer, register
 from shardpoint.errors import RankFailedError, ShardpointError
-from shardpoint.storage.places import same_spelling
+from shardpoint.storage.places import path_text, same_spelling
 
 __all__ = [
     "PendingSave",
@@ -109,8 +109,8 @@ def place_of(checkpoint_id: object) -> str | None:
 
     Storage of a program's own may have keys of any kind.
     """
-    text = os.fspath(checkpoint_id) if isinstance(checkpoint_id, os.PathLike) else checkpoint_id
-    return same_spelling(text) if isinstance(text, str) else None
+    text = path_text(checkpoint_id)
+    return None if text is None else same_spelling(text)
 
 
 def begin(place: str | None, save: Callable[[], Metadata]) -> PendingSave:

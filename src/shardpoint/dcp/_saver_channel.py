@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from shardpoint.dcp._slabs import Slab, shared_slab_at
 from shardpoint.dcp._stage_state import sharded_tensor_of
 from shardpoint.dcp._tensors import NO_MEMORY, has_lost_memory
-from shardpoint.errors import NotSupportedError, PlanError, ShardpointError
+from shardpoint.errors import NotSupportedError, PlanError
 
 __all__ = [
     "Channel",
@@ -38,7 +38,6 @@ __all__ = [
     "dump_state",
     "is_in_shared_memory",
     "load_state",
-    "portable",
     "set_memory",
 ]
 
@@ -287,12 +286,3 @@ def _dtensor(local: torch.Tensor, spec: Any, requires_grad: bool) -> Any:
 
 def _sharded_tensor(shards: list[tuple[Any, Any]], metadata: Any, spec: Any) -> ShardedTensor:
     return sharded_tensor_of([Shard(*shard) for shard in shards], metadata, spec, None)
-
-
-def portable(error: BaseException) -> BaseException:
-    """Return the error, or a stand-in for one that does not survive pickling."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301  many pickle but do not come back
-    except Exception:  # noqa: BLE001
-        return ShardpointError(f"{type(error).__name__}: {error}")
-    return error

@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardpoint.coordination import portable
 from shardpoint.dcp._metadata_view import index_of
 from shardpoint.dcp._pending import let_go
 from shardpoint.dcp._saver_channel import (
     Channel,
     LostPeerError,
     load_state,
-    portable,
     set_memory,
 )
 from shardpoint.dcp.state_dict_saver import save_staged

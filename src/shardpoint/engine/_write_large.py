@@ -79,7 +79,6 @@ class _LargeRecord:
     ) -> None:
         self._write = write
         self._name = name
-        self._record = record
         self._written = written
         self._row = row
         self._lock = threading.Lock()

@@ -5,13 +5,12 @@ Who opens such a place gets what will be there, not what a moment ago was.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shardpoint.errors import StorageError
-from shardpoint.storage.places import same_spelling
+from shardpoint.storage.places import path_text, same_spelling
 
 __all__ = ["is_writer", "register", "wait_until_written"]
 
@@ -41,8 +40,8 @@ def wait_until_written(place: object) -> None:
     """Wait while this process is writing to a place; of no concern to what is no path or URL."""
     if not _waits or getattr(_this_thread, "is_writer", False):
         return
-    text = os.fspath(place) if isinstance(place, os.PathLike) else place
-    if not isinstance(text, str) or not text:
+    text = path_text(place)
+    if not text:
         return
     try:
         spelled = same_spelling(text)

@@ -14,7 +14,7 @@ from shardpoint.storage.local import LocalStorage
 if TYPE_CHECKING:
     from shardpoint.storage.fsspec import FsspecStorage
 
-__all__ = ["is_url", "local_path", "remote_storage", "same_spelling", "storage_at"]
+__all__ = ["is_url", "local_path", "path_text", "remote_storage", "same_spelling", "storage_at"]
 
 _LOCAL_PROTOCOLS = ("file://", "local://")
 
@@ -45,6 +45,12 @@ def local_path(place: str) -> str | None:
         if place.startswith(protocol):
             return place[len(protocol) :]
     return None if is_url(place) else place
+
+
+def path_text(place: object) -> str | None:
+    """Return a path or URL as text; None for what is neither, like keys of other storage."""
+    text = os.fspath(place) if isinstance(place, os.PathLike) else place
+    return text if isinstance(text, str) else None
 
 
 def same_spelling(place: str | os.PathLike[str]) -> str:
